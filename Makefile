@@ -1,0 +1,48 @@
+# Every target sets up its own environment first and then does its job.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# Without it JAX looks for accelerators first; set it to cuda or tpu there.
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-fast test-aot lint format bench notebooks soak test-gpu bench-gpu clean
+
+demo: $(VENV)/.run
+	$(RUN) -m experiments.demo --workdir=runs/demo
+
+test: $(VENV)/.dev
+	$(RUN) -m pytest -n 2 --durations=15
+
+test-fast: $(VENV)/.dev
+	$(RUN) -m pytest -n 2 -m 'not slow'
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest tests/architecture_test.py
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(RUN) -m experiments.bench_pipeline
+	$(RUN) -m experiments.bench_sparse
+
+test-aot notebooks soak test-gpu bench-gpu:
+	@echo "make $@: nothing to do yet; it comes with the kernels, notebooks and soaks"
+
+$(VENV)/.run: requirements.txt
+	@echo "Setting up $(VENV) (about a minute) ..."
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "recjax needs Python 3.11 or newer; call make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run pyproject.toml
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

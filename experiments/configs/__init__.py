@@ -1,0 +1,1 @@
+"""Recipes, one a model; `get_config(size)` returns a locked ConfigDict."""

@@ -1,0 +1,45 @@
+"""What the recipes share: the KuaiRand log and how all models are trained."""
+
+import ml_collections
+
+SIZES = ("tiny", "base", "paper")
+
+
+def kuairand(model_name: str, size: str) -> ml_collections.ConfigDict:
+  """Blocks for `model_name` on the bundled KuaiRand log, all but `model`.
+
+  Every model of a table gets the same budget: one set of optimiser settings,
+  epochs and early stop.
+  """
+  if size not in SIZES:
+    raise ValueError(f"unknown size {size!r}; one of {', '.join(SIZES)}")
+  config = ml_collections.ConfigDict()
+  config.model_name = model_name
+  config.seed = 0
+  config.data = dict(name="kuairand", root="")
+  config.optimizer = dict(
+    name="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-2,
+    schedule="cosine",
+    warmup_steps=30,
+    ema_decay=0.99,
+    scale_rules=(),
+    sparse=dict(name="rowwise_adagrad", learning_rate=0.01, weight_decay=0.0),
+  )
+  config.train = dict(
+    batch_size=512,
+    eval_batch_size=4096,
+    num_epochs=2,
+    num_train_steps=0,
+    eval_every_steps=80,
+    log_every_steps=40,
+    checkpoint_every_steps=0,
+    early_stop_patience=3,
+    monitor="valid/click/auc",
+    non_finite="stop",
+  )
+  config.parallel = dict(mode="mesh", data=1, model=1)
+  if size == "tiny":
+    config.train.update(num_train_steps=20, eval_every_steps=10)
+  return config

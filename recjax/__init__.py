@@ -1,0 +1,1 @@
+"""Industrial recommendation methods in exact, fast JAX and Flax."""

@@ -1,0 +1,53 @@
+"""The pytree that flows from the pipeline into every model, loss and metric."""
+
+import typing
+from collections.abc import Mapping
+
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+
+@typing.no_type_check  # Holds shardings and shape structs as well as arrays.
+@struct.dataclass
+class Batch:
+  """Examples of one step, padded to a fixed size.
+
+  Masks are True where a value counts; nothing may infer a mask from values.
+
+  Attributes:
+    dense: Standardised real-valued features, columns in the order of
+      `Schema.dense_features`.
+    ids: Feature name -> row in the feature's vocabulary: `[batch]`, or
+      `[batch, max_len]` for sequences (oldest first) and multi-valued
+      features. Row 0 is "out of vocabulary"; masked positions hold 0.
+    id_mask: Feature name -> valid positions, for the features with a
+      `[batch, max_len]` entry in `ids`.
+    vectors: Feature name -> `[batch, dim]` content vectors.
+    labels: Label name -> outcome; binary labels are 0 or 1, real ones are in
+      the label's unit. 0 where missing.
+    label_mask: Label name -> True where the outcome was observed.
+    scenario: Scenario of each example; 0 where the data has none.
+    groups: `"group"` (what GAUC groups by) and `"query"` (what QAUC groups
+      by), where the data has them, as dense numbers.
+    example_mask: False for the padding of a last partial batch.
+    real_labels: Names of the labels that are real-valued; the others are
+      binary. Static under `jit`.
+  """
+
+  dense: Float[Array, "batch num_dense"]
+  ids: Mapping[str, Int[Array, "batch ..."]]
+  id_mask: Mapping[str, Bool[Array, "batch max_len"]]
+  vectors: Mapping[str, Float[Array, "batch dim"]]
+  labels: Mapping[str, Float[Array, " batch"]]
+  label_mask: Mapping[str, Bool[Array, " batch"]]
+  scenario: Int[Array, " batch"]
+  groups: Mapping[str, Int[Array, " batch"]]
+  example_mask: Bool[Array, " batch"]
+  real_labels: frozenset[str] = struct.field(
+    pytree_node=False, default=frozenset()
+  )
+
+  @property
+  def size(self) -> int:
+    """Number of examples, padding included."""
+    return self.example_mask.shape[0]

@@ -1,0 +1,109 @@
+"""From a batch and its embedding rows to the inputs of a network."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from recjax.batch import Batch
+from recjax.layers.per_token import PerTokenDense
+from recjax.schema import Schema
+
+
+class FeatureTokens(nn.Module):
+  """Cuts the concatenated features into tokens of equal width.
+
+  `x_i = Proj_i(e_input[d (i - 1) : d i])` with one projection a token
+  (RankMixer, arXiv 2507.15551, section 3.2). Features are concatenated in the
+  order of the schema, so group by meaning there. The input is padded with
+  zeros to a multiple of `num_tokens` (our choice).
+
+  Attributes:
+    schema: What the batch holds.
+    num_tokens: Number of tokens.
+    token_dim: Their width.
+    numeric_dim: Hinges of each dense feature; see `ConcatFeatures`.
+    dtype: Type of the computation.
+  """
+
+  schema: Schema
+  num_tokens: int
+  token_dim: int
+  numeric_dim: int = 0
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, batch: Batch, rows: dict[str, Array]
+  ) -> Float[Array, "tokens batch dim"]:
+    inputs = ConcatFeatures(
+      self.schema, self.numeric_dim, self.dtype, name="inputs"
+    )(batch, rows)
+    width = -(-inputs.shape[-1] // self.num_tokens)
+    padding = width * self.num_tokens - inputs.shape[-1]
+    inputs = jnp.pad(inputs, ((0, 0), (0, padding)))
+    slices = inputs.reshape(-1, self.num_tokens, width).swapaxes(0, 1)
+    return PerTokenDense(self.token_dim, self.dtype, name="project")(slices)
+
+
+class ConcatFeatures(nn.Module):
+  """All features of an example side by side.
+
+  Id features give their embedding (the mean over valid positions for
+  sequences and sets), vectors themselves, and dense features themselves or,
+  with `numeric_dim`, also that many learned hinges `relu(w x + b)` each, which
+  let the next layer bend its response to a number (our choice).
+
+  Attributes:
+    schema: What the batch holds.
+    numeric_dim: Hinges of each dense feature; 0 for none.
+    dtype: Type of the result.
+  """
+
+  schema: Schema
+  numeric_dim: int = 0
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, batch: Batch, rows: dict[str, Array]
+  ) -> Float[Array, "batch width"]:
+    parts = pooled_rows(self.schema, batch, rows)
+    parts += [batch.vectors[f.name] for f in self.schema.vector_features]
+    dense = batch.dense
+    if dense.shape[-1]:
+      parts.append(dense)
+      if self.numeric_dim:
+        parts.append(self._embed_numbers(dense))
+    return jnp.concatenate(parts, axis=-1).astype(self.dtype)
+
+  def _embed_numbers(
+    self, dense: Float[Array, "batch num_dense"]
+  ) -> Float[Array, "batch width"]:
+    shape = (dense.shape[-1], self.numeric_dim)
+    slope = self.param("slope", jax.nn.initializers.normal(1.0), shape)
+    # Knots spread over the standardised range.
+    knots = self.param("knots", jax.nn.initializers.normal(1.0), shape)
+    hinges = jax.nn.relu(dense[..., None] * slope + knots)
+    return hinges.reshape(dense.shape[0], -1)
+
+
+def pooled_rows(
+  schema: Schema, batch: Batch, rows: dict[str, Array]
+) -> list[Float[Array, "batch dim"]]:
+  """One vector per id feature; the mean of valid positions for lists."""
+  return [
+    masked_mean(rows[feature.name], batch.id_mask[feature.name])
+    if feature.is_list
+    else rows[feature.name]
+    for feature in schema.id_features
+  ]
+
+
+def masked_mean(
+  values: Float[Array, "batch max_len dim"], mask: Bool[Array, "batch max_len"]
+) -> Float[Array, "batch dim"]:
+  """Mean over valid positions; zeros where none is valid."""
+  weights = mask.astype(values.dtype)
+  count = jnp.maximum(weights.sum(axis=-1, keepdims=True), 1.0)
+  return jnp.einsum("bl,bld->bd", weights / count, values)

@@ -1,0 +1,39 @@
+"""Task heads: one small network a task on a shared representation."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class TaskHeads(nn.Module):
+  """One logit a task: `Dense(1)(GELU(Dense(hidden_dim)(x)))`.
+
+  The papers name the heads only; one hidden layer is our choice.
+
+  Attributes:
+    tasks: Names of the tasks.
+    hidden_dim: Width of the hidden layer; 0 for a linear head.
+    dropout_rate: Share of hidden units dropped in training.
+    dtype: Type of the hidden layer; the logit is float32.
+  """
+
+  tasks: tuple[str, ...]
+  hidden_dim: int = 0
+  dropout_rate: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "batch dim"], *, train: bool
+  ) -> dict[str, Float[Array, " batch"]]:
+    logits = {}
+    for task in self.tasks:
+      hidden = x
+      if self.hidden_dim:
+        hidden = nn.Dense(
+          self.hidden_dim, dtype=self.dtype, name=f"{task}_hidden"
+        )(x)
+        hidden = nn.gelu(hidden)
+        hidden = nn.Dropout(self.dropout_rate, deterministic=not train)(hidden)
+      logits[task] = nn.Dense(1, dtype=jnp.float32, name=task)(hidden)[..., 0]
+    return logits

@@ -1,0 +1,269 @@
+"""A method file bound to its config and a schema.
+
+What a file under `recjax/models/` or `recjax/baselines/` holds:
+
+* `Config`: a frozen dataclass.
+* `Model(config, schema)`: a Linen module; `model(batch, rows, *, train) ->
+  (predictions, aux)`. `rows[table][feature]` are the embedding rows of the
+  batch; `predictions[task]` is a logit (or the `symlog` of a real label).
+* `tables(config, schema) -> {name: Table}`: the row-sparse tables.
+* `loss_fn(predictions, aux, batch, config) -> {name: (sum, weight)}`: the
+  loss is the sum over names of sum / weight.
+* Optional `STAGES`, a tuple of `Stage`: training in several parts.
+* Optional `gradient_fn(loss, variables)`: shapes its own gradient; gets
+  `loss(variables) -> (value, extras)` and returns what
+  `jax.value_and_grad(loss, has_aux=True)(variables)` would.
+* Optional `diagnostics(counters) -> {name: number}`: sums that the model puts
+  in `aux["counters"]`, added over an evaluation, turned into numbers to log.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import pkgutil
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+import recjax.baselines
+import recjax.models
+from recjax import config as config_lib
+from recjax.batch import Batch
+from recjax.errors import UserError
+from recjax.schema import Schema, suggest
+from recjax.sparse import in_model
+from recjax.sparse import table as table_lib
+from recjax.sparse.table import Table
+
+PACKAGES = (recjax.models, recjax.baselines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One part of a training.
+
+  Attributes:
+    name: Shown in logs.
+    share: Share of the training steps; the shares of all stages are scaled to
+      sum to 1.
+    trainable: Regular expressions on parameter and table paths such as
+      `heads/click/kernel` or `embedding`; what none matches is frozen.
+    loss_fn: The stage's loss; None means the file's `loss_fn`.
+    initialize_from: `previous`: go on from the previous stage; `scratch`: new
+      parameters and tables.
+  """
+
+  name: str = "train"
+  share: float = 1.0
+  trainable: tuple[str, ...] = (".*",)
+  loss_fn: Callable[..., Any] | None = None
+  initialize_from: str = "previous"
+
+  def __post_init__(self):
+    if self.initialize_from not in ("previous", "scratch"):
+      raise ValueError(
+        "initialize_from must be 'previous' or 'scratch', got "
+        f"{self.initialize_from!r}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """Everything that training, evaluation and export need of a method."""
+
+  name: str
+  module: types.ModuleType | types.SimpleNamespace
+  config: Any
+  schema: Schema
+
+  @functools.cached_property
+  def model(self) -> nn.Module:
+    """The Linen module."""
+    return self.module.Model(self.config, self.schema)
+
+  @functools.cached_property
+  def tables(self) -> dict[str, Table]:
+    """Declared row-sparse tables."""
+    return self.module.tables(self.config, self.schema)
+
+  @property
+  def stages(self) -> tuple[Stage, ...]:
+    """The parts of its training; one unless the file says otherwise."""
+    return getattr(self.module, "STAGES", (Stage(),))
+
+  def init(self, rng: Array) -> tuple[Any, dict[str, Array]]:
+    """Initial parameters and tables; free of data, jit it."""
+    params_rng, tables_rng = jax.random.split(rng)
+    table_values = {
+      name: table_lib.init_table(jax.random.fold_in(tables_rng, i), table)
+      for i, (name, table) in enumerate(sorted(self.tables.items()))
+    }
+    batch = empty_batch(self.schema, self.config.tasks)
+    variables = {in_model.TABLES: self._in_model(table_values)}
+    _, mutated = self.model.apply(
+      variables,
+      batch,
+      self._split(self.read(table_values, batch), batch),
+      train=False,
+      rngs={"params": params_rng},
+      mutable=["params", in_model.READS],
+    )
+    reads = in_model.flatten_reads(mutated.get(in_model.READS, {}))
+    in_model.check_reads(reads, self.tables)
+    return mutated["params"], table_values
+
+  def read(
+    self, table_values: Mapping[str, Array], batch: Batch
+  ) -> dict[str, Array]:
+    """One concatenated gather per table: the rows that `batch` names."""
+    return {
+      name: table_lib.gather(table_values[name], ids, self.tables[name])
+      for name, ids in self.ids(batch).items()
+    }
+
+  def ids(self, batch: Batch) -> dict[str, Array]:
+    """The row numbers of `read`, flat."""
+    return {
+      name: table_lib.feature_ids(table, batch)
+      for name, table in self.tables.items()
+      if not table.in_model
+    }
+
+  def apply(
+    self,
+    params: Any,
+    table_values: Mapping[str, Array],
+    rows: Mapping[str, Array],
+    batch: Batch,
+    *,
+    train: bool,
+    rng: Array | None = None,
+    taps: Mapping[str, Array] | None = None,
+  ) -> tuple[dict[str, Array], dict[str, Any], dict[str, Any]]:
+    """Runs the model.
+
+    Args:
+      params: Linen parameters.
+      table_values: All tables as stored.
+      rows: Result of `read`.
+      batch: The examples.
+      train: Whether dropout and the like are on.
+      rng: Randomness of a training step.
+      taps: Zeros at the in-model reads, to take gradients at.
+
+    Returns:
+      Predictions, aux, and the in-model reads {table: {"ids", "weights"}}.
+    """
+    variables = {
+      "params": params,
+      in_model.TABLES: self._in_model(table_values),
+    }
+    if taps:
+      variables[in_model.TAPS] = in_model.collection(taps)
+    (predictions, aux), mutated = self.model.apply(
+      variables,
+      batch,
+      self._split(rows, batch),
+      train=train,
+      rngs=None if rng is None else {"dropout": rng},
+      mutable=[in_model.READS],
+    )
+    reads = in_model.flatten_reads(mutated.get(in_model.READS, {}))
+    return predictions, aux, reads
+
+  def zero_taps(
+    self, params: Any, table_values: Mapping[str, Array], batch: Batch
+  ) -> dict[str, Array]:
+    """Zeros in the shapes of the in-model reads of `batch`."""
+    if not any(table.in_model for table in self.tables.values()):
+      return {}
+
+    def reads_of(params, table_values, batch):
+      rows = self.read(table_values, batch)
+      return self.apply(params, table_values, rows, batch, train=False)[2]
+
+    reads = jax.eval_shape(reads_of, params, table_values, batch)
+    in_model.check_reads(reads, self.tables)
+    return in_model.zero_taps(reads, self.tables)
+
+  def _in_model(self, table_values: Mapping[str, Array]) -> dict[str, Any]:
+    return in_model.collection(
+      {
+        name: values
+        for name, values in table_values.items()
+        if self.tables[name].in_model
+      }
+    )
+
+  def _split(
+    self, rows: Mapping[str, Array], batch: Batch
+  ) -> dict[str, dict[str, Array]]:
+    return {
+      name: table_lib.split_rows(flat, self.tables[name], batch)
+      for name, flat in rows.items()
+    }
+
+
+def load(name: str, config: Mapping[str, Any], schema: Schema) -> Method:
+  """Imports the method file `name` and builds its checked config.
+
+  Raises:
+    UserError: If there is no such file, a key is unknown, or a task is no
+      label of the data.
+  """
+  module = find_module(name)
+  built = config_lib.build(module.Config, config, "config.model")
+  for task in built.tasks:
+    schema.label(task)
+  return Method(name=name, module=module, config=built, schema=schema)
+
+
+def find_module(name: str) -> types.ModuleType:
+  """The module of a method, by its file name."""
+  for package in PACKAGES:
+    full_name = f"{package.__name__}.{name}"
+    if name.isidentifier() and importlib.util.find_spec(full_name):
+      return importlib.import_module(full_name)
+  raise UserError(
+    f"unknown model {name!r} in config.model_name" + suggest(name, names())
+  )
+
+
+def names() -> list[str]:
+  """All methods and baselines."""
+  return [
+    module.name
+    for package in PACKAGES
+    for module in pkgutil.iter_modules(package.__path__)
+  ]
+
+
+def empty_batch(schema: Schema, tasks: tuple[str, ...], size: int = 1) -> Batch:
+  """A batch of zeros in the shapes of `schema`, all examples masked."""
+  ids, id_mask = {}, {}
+  for feature in schema.id_features:
+    shape = (size, feature.max_len) if feature.is_list else (size,)
+    ids[feature.name] = jnp.zeros(shape, jnp.int32)
+    if feature.is_list:
+      id_mask[feature.name] = jnp.zeros(shape, bool)
+  false = jnp.zeros((size,), bool)
+  return Batch(
+    dense=jnp.zeros((size, len(schema.dense_features))),
+    ids=ids,
+    id_mask=id_mask,
+    vectors={f.name: jnp.zeros((size, f.dim)) for f in schema.vector_features},
+    labels={task: jnp.zeros((size,)) for task in tasks},
+    label_mask={task: false for task in tasks},
+    scenario=jnp.zeros((size,), jnp.int32),
+    groups={},
+    example_mask=false,
+    real_labels=frozenset(
+      label.name for label in schema.labels if label.kind == "real"
+    ),
+  )

@@ -1,0 +1,381 @@
+"""What a data set holds: features, labels, roles and split.
+
+A `Schema` is written by an adapter (`recjax.data.kuairand`) or read from the
+JSON file that describes a user's own table (`recjax.data.table`):
+
+```json
+{
+  "features": {
+    "user_id": {"kind": "sparse"},
+    "price":   {"kind": "dense"},
+    "genres":  {"kind": "sparse", "multi": true, "separator": "|"},
+    "history": {"kind": "sequence", "vocabulary": "item_id", "max_len": 50,
+                "separator": " "},
+    "content": {"kind": "vector", "dim": 64}
+  },
+  "labels": {"click": "binary", "play_time": {"kind": "real", "unit": "s"}},
+  "roles":  {"user": "user_id", "item": "item_id", "time": "timestamp",
+             "query": null, "group": "user_id", "scenario": null},
+  "split":  {"by": "time", "column": "timestamp", "valid": 0.1, "test": 0.1}
+}
+```
+
+Once the data is prepared the schema also knows `vocab_sizes`: the number of
+embedding rows of each vocabulary. Row 0 of a vocabulary stands for every
+value that the training part does not hold (out of vocabulary).
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from recjax.errors import UserError
+
+KINDS = ("sparse", "dense", "sequence", "text", "image", "vector")
+LABEL_KINDS = ("binary", "real")
+ROLES = ("user", "item", "time", "query", "group", "scenario")
+SPLITS = ("train", "valid", "test")
+SPLIT_RULES = ("time", "column", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+  """One input column.
+
+  Attributes:
+    name: Column name.
+    kind: One of `KINDS`.
+    multi: Sparse only: each example holds a set of values.
+    separator: Splits a string into values; None for list columns.
+    vocabulary: Sequence and sparse: the feature whose vocabulary is shared;
+      None means the feature's own.
+    max_len: Longest kept sequence or set (a sequence keeps its last values).
+    buckets: Sparse: hash values into so many rows instead of a vocabulary.
+    dim: Vector: its width.
+    time: Sequence: column with the time of each event.
+    side: Sequence: side column -> the feature whose vocabulary it shares.
+  """
+
+  name: str
+  kind: str
+  multi: bool = False
+  separator: str | None = None
+  vocabulary: str | None = None
+  max_len: int | None = None
+  buckets: int | None = None
+  dim: int | None = None
+  time: str | None = None
+  side: Mapping[str, str] | None = None
+
+  @property
+  def is_id(self) -> bool:
+    """True for features that read rows of an embedding table."""
+    return self.kind in ("sparse", "sequence")
+
+  @property
+  def is_list(self) -> bool:
+    """True for features with several ids an example, which carry a mask."""
+    return self.kind == "sequence" or self.multi
+
+  @property
+  def vocab(self) -> str:
+    """Name of the vocabulary that the ids belong to."""
+    return self.vocabulary or self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+  """One outcome: `binary` (0 or 1) or `real` in `unit`; missing is masked."""
+
+  name: str
+  kind: str = "binary"
+  unit: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Roles:
+  """Columns with a meaning to metrics and methods; None where unused.
+
+  `group` is what GAUC groups by (by default the user), `query` what QAUC
+  groups by (one query, request or ranked page).
+  """
+
+  user: str | None = None
+  item: str | None = None
+  time: str | None = None
+  query: str | None = None
+  group: str | None = None
+  scenario: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """How rows are parted into training, validation and test.
+
+  Attributes:
+    by: `time` (the last `test` share of rows in time order is the test part,
+      the share before it validation), `column` (a column that holds train,
+      valid or test) or `random` (seeded).
+    column: The time or split column.
+    valid: Share of validation rows, in (0, 1).
+    test: Share of test rows, in (0, 1).
+    seed: Seed of a random split.
+  """
+
+  by: str = "random"
+  column: str | None = None
+  valid: float = 0.1
+  test: float = 0.1
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+  """Everything a model needs to know about a data set.
+
+  Example:
+    >>> schema = Schema(
+    ...     features=(Feature("item_id", "sparse"), Feature("price", "dense")),
+    ...     labels=(Label("click"),),
+    ...     vocab_sizes={"item_id": 100},
+    ... )
+    >>> [feature.name for feature in schema.id_features]
+    ['item_id']
+  """
+
+  features: tuple[Feature, ...]
+  labels: tuple[Label, ...]
+  roles: Roles = Roles()
+  split: Split = Split()
+  vocab_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def id_features(self) -> tuple[Feature, ...]:
+    """Features that read embedding rows, in the schema's order."""
+    return tuple(f for f in self.features if f.is_id)
+
+  @property
+  def dense_features(self) -> tuple[Feature, ...]:
+    """Real-valued columns, in the order of `Batch.dense`."""
+    return tuple(f for f in self.features if f.kind == "dense")
+
+  @property
+  def vector_features(self) -> tuple[Feature, ...]:
+    """Columns that hold a vector an example."""
+    return tuple(f for f in self.features if f.kind == "vector")
+
+  @property
+  def num_scenarios(self) -> int:
+    """Number of scenario ids; 1 where the data has no scenarios."""
+    if self.roles.scenario is None:
+      return 1
+    return self.vocab_sizes[self.feature(self.roles.scenario).vocab]
+
+  def feature(self, name: str) -> Feature:
+    """The feature called `name`."""
+    for feature in self.features:
+      if feature.name == name:
+        return feature
+    raise UserError(
+      f"unknown feature {name!r}"
+      + suggest(name, [f.name for f in self.features])
+    )
+
+  def label(self, name: str) -> Label:
+    """The label called `name`."""
+    for label in self.labels:
+      if label.name == name:
+        return label
+    names = [label.name for label in self.labels]
+    raise UserError(f"unknown label {name!r}" + suggest(name, names))
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain JSON data; `from_dict` reads it back."""
+    return {
+      "features": {f.name: _without_defaults(f) for f in self.features},
+      "labels": {v.name: {"kind": v.kind, "unit": v.unit} for v in self.labels},
+      "roles": dataclasses.asdict(self.roles),
+      "split": dataclasses.asdict(self.split),
+      "vocab_sizes": dict(self.vocab_sizes),
+    }
+
+  @classmethod
+  def from_dict(cls, data: Mapping[str, Any], where: str = "schema"):
+    """Reads and checks the JSON form; `where` names the file in errors."""
+    _check_keys(
+      data, ("features", "labels", "roles", "split", "vocab_sizes"), where
+    )
+    for key in ("features", "labels"):
+      if not isinstance(data.get(key), Mapping) or not data[key]:
+        raise UserError(
+          f'{where}: "{key}" must be an object with at least one entry'
+        )
+    features = tuple(
+      _read_feature(name, entry, where)
+      for name, entry in data["features"].items()
+    )
+    labels = tuple(
+      _read_label(name, entry, where) for name, entry in data["labels"].items()
+    )
+    schema = cls(
+      features=features,
+      labels=labels,
+      roles=_read_struct(Roles, data.get("roles", {}), f"{where}: roles"),
+      split=_read_struct(Split, data.get("split", {}), f"{where}: split"),
+      vocab_sizes=dict(data.get("vocab_sizes", {})),
+    )
+    _check(schema, where)
+    return schema
+
+  @classmethod
+  def from_file(cls, path: epath.PathLike):
+    """Reads a schema file; every mistake is a `UserError` that names it."""
+    path = epath.Path(path)
+    if not path.exists():
+      raise UserError(f"{path}: no such schema file; give its path")
+    try:
+      data = json.loads(path.read_text())
+    except ValueError as error:
+      raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+      raise UserError(f"{path}: must hold a JSON object")
+    return cls.from_dict(data, where=str(path))
+
+
+def suggest(name: str, names) -> str:
+  """`; did you mean 'x'?` or the list of what is allowed."""
+  names = [str(n) for n in names]
+  close = difflib.get_close_matches(str(name), names, n=1)
+  if close:
+    return f"; did you mean {close[0]!r}?"
+  return f"; known: {', '.join(names)}"
+
+
+def _without_defaults(feature: Feature) -> dict[str, Any]:
+  default = Feature(name=feature.name, kind=feature.kind)
+  entry = {"kind": feature.kind}
+  for field in dataclasses.fields(Feature):
+    value = getattr(feature, field.name)
+    if field.name not in ("name", "kind") and value != getattr(
+      default, field.name
+    ):
+      entry[field.name] = dict(value) if field.name == "side" else value
+  return entry
+
+
+def _check_keys(data, allowed, where: str):
+  if not isinstance(data, Mapping):
+    raise UserError(f"{where}: must be a JSON object, got {data!r}")
+  for key in data:
+    if key not in allowed:
+      raise UserError(f"{where}: unknown key {key!r}" + suggest(key, allowed))
+
+
+def _read_struct(struct, data, where: str):
+  fields = {f.name: f for f in dataclasses.fields(struct)}
+  _check_keys(data, fields, where)
+  for key, value in data.items():
+    kind = fields[key].type
+    if kind is float and isinstance(value, int) and value is not True:
+      value = float(value)
+    if not isinstance(value, kind) or (kind is int and value is True):
+      expected = getattr(kind, "__name__", str(kind))
+      raise UserError(f"{where}: {key} must be {expected}, got {value!r}")
+  return struct(**data)
+
+
+def _read_feature(name: str, entry, where: str) -> Feature:
+  where = f"{where}: feature {name!r}"
+  if isinstance(entry, Mapping) and "kind" not in entry:
+    raise UserError(f'{where}: "kind" is missing; one of {", ".join(KINDS)}')
+  if isinstance(entry, Mapping) and "name" in entry:
+    raise UserError(f"{where}: unknown key 'name'; the key is the name")
+  if isinstance(entry, Mapping) and entry["kind"] not in KINDS:
+    raise UserError(
+      f"{where}: unknown kind {entry['kind']!r}" + suggest(entry["kind"], KINDS)
+    )
+  _check_keys(entry, [f.name for f in dataclasses.fields(Feature)], where)
+  feature = _read_struct_feature(name, entry, where)
+  for key in ("max_len", "buckets", "dim"):
+    value = getattr(feature, key)
+    if value is not None and value < 1:
+      raise UserError(f"{where}: {key} must be at least 1, got {value}")
+  if feature.kind == "vector" and feature.dim is None:
+    raise UserError(f'{where}: a vector needs "dim", its width')
+  if feature.kind == "sequence" and feature.max_len is None:
+    raise UserError(f'{where}: a sequence needs "max_len"')
+  if feature.multi and feature.kind != "sparse":
+    raise UserError(f'{where}: "multi" is for sparse features')
+  return feature
+
+
+def _read_struct_feature(name: str, entry, where: str) -> Feature:
+  types = {f.name: f.type for f in dataclasses.fields(Feature)}
+  for key, value in entry.items():
+    if key == "side":
+      ok = isinstance(value, Mapping)
+    else:
+      ok = isinstance(value, types[key])
+      if types[key] is not bool and value is True:
+        ok = False
+    if not ok:
+      raise UserError(f"{where}: {key} has the wrong type: {value!r}")
+  return Feature(name=name, **entry)
+
+
+def _read_label(name: str, entry, where: str) -> Label:
+  where = f"{where}: label {name!r}"
+  if isinstance(entry, str):
+    entry = {"kind": entry}
+  _check_keys(entry, ("kind", "unit"), where)
+  if entry.get("kind") not in LABEL_KINDS:
+    raise UserError(
+      f"{where}: kind must be binary or real, got {entry.get('kind')!r}"
+    )
+  return Label(name=name, kind=entry["kind"], unit=entry.get("unit"))
+
+
+def _check(schema: Schema, where: str):
+  names = [f.name for f in schema.features]
+  for label in schema.labels:
+    if label.name in names:
+      raise UserError(
+        f"{where}: {label.name!r} is a feature and a label; a label must not "
+        "be an input"
+      )
+  for feature in schema.features:
+    for target in (feature.vocabulary, *(feature.side or {}).values()):
+      if target is None:
+        continue
+      if target not in names or schema.feature(target).kind != "sparse":
+        sparse = [f.name for f in schema.features if f.kind == "sparse"]
+        raise UserError(
+          f"{where}: feature {feature.name!r} shares the vocabulary of "
+          f"{target!r}, which is no sparse feature" + suggest(target, sparse)
+        )
+  if schema.roles.scenario is not None:
+    feature = schema.feature(schema.roles.scenario)
+    if feature.kind != "sparse" or feature.multi:
+      raise UserError(
+        f"{where}: roles: scenario {feature.name!r} must be a single-valued "
+        "sparse feature"
+      )
+  split = schema.split
+  if split.by not in SPLIT_RULES:
+    raise UserError(
+      f"{where}: split: unknown rule {split.by!r}"
+      + suggest(split.by, SPLIT_RULES)
+    )
+  if split.by in ("time", "column") and split.column is None:
+    raise UserError(f'{where}: split by {split.by} needs "column"')
+  if split.by != "column" and not (
+    0 < split.valid < 1 and 0 < split.test < 1 and split.valid + split.test < 1
+  ):
+    raise UserError(
+      f"{where}: split: valid ({split.valid}) and test ({split.test}) must "
+      "be shares in (0, 1) that leave rows for training"
+    )

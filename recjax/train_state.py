@@ -1,0 +1,311 @@
+"""The state of a training and the one step that moves it.
+
+`train_step` is pure and knows no device: sums and weights are added over
+`axis_name` where one is given (`pmap`), and by the compiler under a sharded
+`jit`. `recjax.parallel` wraps it.
+"""
+
+import dataclasses
+import typing
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from recjax import optimizer as optimizer_lib
+from recjax.batch import Batch
+from recjax.method import Method, Stage
+from recjax.sparse import in_model
+from recjax.sparse.update import UpdateRule, apply_row_gradients
+
+Scalars = dict[str, tuple[Array, Array]]
+
+
+@typing.no_type_check  # Holds shardings and shape structs as well as arrays.
+@struct.dataclass
+class TrainState:
+  """Everything that training changes.
+
+  Attributes:
+    step: Updates so far, over all stages.
+    params: Linen parameters, float32.
+    opt_state: State of the dense optimiser; new in every stage.
+    ema_params: Running average of `params`, or None.
+    tables: Row-sparse tables as stored.
+    table_states: Optimiser state per table.
+    num_skipped: Batches left out because they were not finite.
+  """
+
+  step: Int[Array, ""]
+  params: Any
+  opt_state: Any
+  ema_params: Any
+  tables: dict[str, Array]
+  table_states: dict[str, dict[str, Array]]
+  num_skipped: Int[Array, ""]
+
+  @property
+  def eval_params(self) -> Any:
+    """What evaluation uses: the average where there is one."""
+    return self.params if self.ema_params is None else self.ema_params
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+  """What a step of one stage is made of; static under `jit`.
+
+  Attributes:
+    method: Model, loss and tables.
+    stage: What is trained now.
+    optimizer: The optimiser block.
+    num_steps: Steps of the stage.
+    first_step: `TrainState.step` at the stage's start.
+    seed: Seed of dropout and the like.
+  """
+
+  method: Method
+  stage: Stage
+  optimizer: optimizer_lib.Config
+  num_steps: int
+  first_step: int = 0
+  seed: int = 0
+
+  def dense_optimizer(self, params: Any) -> optax.GradientTransformation:
+    """The dense optimiser for these parameters."""
+    return optimizer_lib.make_dense_optimizer(
+      self.optimizer, params, self.stage.trainable, self.num_steps
+    )
+
+  def table_scale(self, name: str) -> float:
+    """Multiplier of a table's learning rate; 0 means frozen."""
+    return self.method.tables[
+      name
+    ].learning_rate_scale * optimizer_lib.learning_rate_scale(
+      self.optimizer, name, self.stage.trainable
+    )
+
+
+def init_state(rng: Array, config: StepConfig) -> TrainState:
+  """A fresh state; jit it with shardings, so that it is born where it lives."""
+  params, tables = config.method.init(rng)
+  update_rule = optimizer_lib.make_update_rule(config.optimizer)
+  return TrainState(
+    step=jnp.int32(0),
+    params=params,
+    opt_state=config.dense_optimizer(params).init(params),
+    ema_params=(
+      jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None
+    ),
+    tables=tables,
+    table_states={
+      name: update_rule.optimizer.init(*table.shape)
+      for name, table in config.method.tables.items()
+    },
+    num_skipped=jnp.int32(0),
+  )
+
+
+def start_stage(state: TrainState, config: StepConfig) -> TrainState:
+  """The state at the begin of a later stage: a new dense optimiser state."""
+  if config.stage.initialize_from == "scratch":
+    rng = jax.random.fold_in(jax.random.key(config.seed), config.first_step)
+    fresh = init_state(rng, config)
+    return fresh.replace(step=state.step, num_skipped=state.num_skipped)
+  optimizer = config.dense_optimizer(state.params)
+  return state.replace(opt_state=optimizer.init(state.params))
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  config: StepConfig,
+  *,
+  axis_name: str | None = None,
+) -> tuple[TrainState, Scalars]:
+  """One update.
+
+  A step whose loss or gradient is not finite changes nothing but the counts;
+  the loop decides whether to stop.
+
+  Args:
+    state: Donate it.
+    batch: One batch (the device's share under `pmap`).
+    config: Static.
+    axis_name: Name of the device axis under `pmap`.
+
+  Returns:
+    The new state, and (sum, weight) pairs: every loss term, `loss`,
+    `grad_norm` and `skipped`.
+  """
+  axis_sum = _axis_sum(axis_name)
+  terms, gradients = loss_and_gradients(state, batch, config, axis_name)
+  terms = axis_sum(terms)
+  param_grads = axis_sum(gradients["params"])
+  reads = _all_reads(gradients, axis_name)
+
+  loss = sum(
+    total / jnp.maximum(weight, 1.0) for total, weight in terms.values()
+  )
+  grad_norm = optax.tree.norm(param_grads)
+  row_norms = [
+    jnp.sum(jnp.abs(grads)) for table in reads.values() for _, grads in table
+  ]
+  ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm + sum(row_norms))
+
+  optimizer = config.dense_optimizer(state.params)
+  updates, opt_state = optimizer.update(
+    param_grads, state.opt_state, state.params
+  )
+  params = optax.apply_updates(state.params, updates)
+  keep = lambda new, old: jax.tree.map(  # noqa: E731
+    lambda n, o: jnp.where(ok, n, o), new, old
+  )
+  params = keep(params, state.params)
+  tables, table_states = _update_tables(state, reads, ok, config)
+  state = state.replace(
+    step=state.step + 1,
+    params=params,
+    opt_state=keep(opt_state, state.opt_state),
+    ema_params=_update_ema(state, params, config.optimizer.ema_decay),
+    tables=tables,
+    table_states=table_states,
+    num_skipped=state.num_skipped + jnp.where(ok, 0, 1),
+  )
+  one = jnp.float32(1.0)
+  scalars = dict(terms) if len(terms) > 1 else {}
+  scalars |= {
+    "loss": (loss, one),
+    "grad_norm": (grad_norm, one),
+    "skipped": (jnp.where(ok, 0.0, 1.0), one),
+  }
+  return state, scalars
+
+
+def loss_and_gradients(
+  state: TrainState,
+  batch: Batch,
+  config: StepConfig,
+  axis_name: str | None = None,
+) -> tuple[dict[str, tuple[Array, Array]], dict[str, Any]]:
+  """Loss terms and gradients of this device's examples.
+
+  Returns:
+    {name: (sum, weight)} of this device, and the gradients of the global mean
+    with respect to `params` (this device's part) and, as lists of (ids,
+    gradients) by table, of the rows read before and inside the model.
+  """
+  method, stage = config.method, config.stage
+  rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  if axis_name is not None:
+    rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
+  loss_fn = stage.loss_fn or method.module.loss_fn
+  axis_sum = _axis_sum(axis_name)
+
+  def loss(variables):
+    params = _stop_frozen(variables["params"], config)
+    predictions, aux, reads = method.apply(
+      params,
+      state.tables,
+      variables["rows"],
+      batch,
+      train=True,
+      rng=rng,
+      taps=variables["taps"],
+    )
+    terms = loss_fn(predictions, aux, batch, method.config)
+    total = sum(
+      term / jnp.maximum(axis_sum(weight), 1.0)
+      for term, weight in terms.values()
+    )
+    return total, (terms, reads)
+
+  variables = {
+    "params": state.params,
+    "rows": method.read(state.tables, batch),
+    "taps": method.zero_taps(state.params, state.tables, batch),
+  }
+  gradient_fn = getattr(method.module, "gradient_fn", _gradient)
+  (_, (terms, reads)), grads = gradient_fn(loss, variables)
+  ids = method.ids(batch)
+  row_grads = {
+    name: [(ids[name], grads["rows"][name])] for name in grads["rows"]
+  }
+  for name, read in reads.items():
+    row_grads[name] = [
+      in_model.row_gradients(**read, output_grad=grads["taps"][name])
+    ]
+  row_grads = {
+    name: reads for name, reads in row_grads.items() if config.table_scale(name)
+  }
+  return terms, {"params": grads["params"], "row_grads": row_grads}
+
+
+def _gradient(loss, variables):
+  return jax.value_and_grad(loss, has_aux=True)(variables)
+
+
+def _axis_sum(axis_name: str | None):
+  if axis_name is None:
+    return lambda tree: tree
+  return lambda tree: jax.lax.psum(tree, axis_name)
+
+
+def _all_reads(gradients, axis_name: str | None):
+  """Row gradients of all replicas, so that each makes the same update."""
+  if axis_name is None:
+    return gradients["row_grads"]
+  return jax.tree.map(
+    lambda x: jax.lax.all_gather(x, axis_name, tiled=True),
+    gradients["row_grads"],
+  )
+
+
+def _stop_frozen(params, config: StepConfig):
+  """Lets the compiler drop the backward pass of what is frozen."""
+
+  def stop(path, value):
+    scale = optimizer_lib.learning_rate_scale(
+      config.optimizer, optimizer_lib.path_name(path), config.stage.trainable
+    )
+    return value if scale else jax.lax.stop_gradient(value)
+
+  return jax.tree_util.tree_map_with_path(stop, params)
+
+
+def _update_tables(
+  state: TrainState, reads, ok: Bool[Array, ""], config: StepConfig
+):
+  rule: UpdateRule = optimizer_lib.make_update_rule(config.optimizer)
+  factor = optimizer_lib.factor(config.optimizer, config.num_steps)
+  rate = config.optimizer.sparse.learning_rate * factor(
+    state.step - config.first_step
+  )
+  tables, table_states = dict(state.tables), dict(state.table_states)
+  for name, table_reads in reads.items():
+    tables[name], table_states[name] = apply_row_gradients(
+      tables[name],
+      table_states[name],
+      table_reads,
+      table=config.method.tables[name],
+      rule=rule,
+      learning_rate=config.table_scale(name) * rate,
+      step=state.step + 1,
+      keep=ok,
+    )
+  return tables, table_states
+
+
+def _update_ema(state: TrainState, params: Any, decay: float) -> Any:
+  if not decay:
+    return None
+  step = state.step.astype(jnp.float32)
+  # Early on a long memory would hold the initial values.
+  decay: Float[Array, ""] = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(
+    lambda average, new: decay * average + (1.0 - decay) * new,
+    state.ema_params,
+    params,
+  )

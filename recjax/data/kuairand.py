@@ -1,0 +1,406 @@
+"""KuaiRand: exposures of a short-video feed and what the users did.
+
+Without `root` the adapter reads the slice of KuaiRand-Pure that ships with the
+package (2022-04-25 to 2022-05-08, and each user's last events before). With
+`root` it reads the public CSV files of KuaiRand-Pure, -1K or -27K from
+`root` or `root/data`: `log_standard_*`, `user_features_*` and
+`video_features_basic_*`, also in `_part1` pieces. The randomly exposed log
+and the statistics files, which average over the test period, are not read.
+The CSV path was written from the columns that the authors document, without
+the real files at hand; the tests run it on files of that form.
+
+Split by the `date` column: training up to 05-02, validation 05-03 and 05-04,
+test from 05-05. In CSV data the training part begins with the log, 04-08, and
+all histories and rates come from the log itself.
+
+What a row sees of the past follows `recjax.data.causal`. Days begin at
+midnight in China, and `date` may run ahead of `time_ms` by up to an hour, so
+both the part and the time decide. Stored lists carry no times: their events
+count as no older than the user's last stored event, `last_time_ms`.
+
+What the stored lists hold was found by counting. The `history_len` sum to
+1,208,280, which is every log row that the slice leaves out, and the watch list
+always has min(50, history_len) entries: it holds exposures, clicked or not.
+For every user with at most 50 exposures the like and long-watch lists are
+subsequences of it. So log rows join the watch history whatever their outcome,
+the like history if liked, the long-watch history if `long_view`; and aligning
+the lists from the end tells which stored exposures were liked or watched long.
+They are evidence for those two rates, while clicks and tabs before 04-25 are
+unknown.
+
+Features (all choices are ours): ids of user, video, author, music, tags and
+every user and video column; smoothed causal rates of click, long view and like
+as log odds for the keys in `kuairand_features.RATES`, a pair's prior being
+what its two members predict together; counts; how often the row's video,
+author, music and tags occur in the user's known events; the three histories
+and the authors watched.
+Counts and video age are capped, since what only grows with the calendar takes
+values in the test part that training never saw. For that reason there is no
+day of the week either: training in the slice has eight days.
+
+Source: Gao et al., KuaiRand, CIKM 2022, doi 10.1145/3511808.3557624.
+"""
+
+import dataclasses
+import pathlib
+import tempfile
+
+import numpy as np
+from etils import epath
+
+from recjax.data import causal, kuairand_features, kuairand_source
+from recjax.data.columns import Block, ColumnWriter
+from recjax.errors import UserError
+from recjax.schema import SPLITS, Feature, Label, Roles, Schema, Split
+
+VERSION = 1
+
+_OUTCOMES = tuple(kuairand_source.OUTCOMES)
+_USER_FEATURES = (
+  *kuairand_source.USER_TEXTS,
+  *kuairand_source.USER_CODES,
+)
+_VIDEO_FEATURES = (
+  "author_id",
+  "video_type",
+  "upload_type",
+  "visible_status",
+  "server_width",
+  "server_height",
+  "music_id",
+  "music_type",
+)
+_ROW_FEATURES = ("duration_bucket", "video_age_bucket", "hour", "tab")
+_MISSING = -(2.0**62)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Options of the adapter.
+
+  Attributes:
+    root: Folder of the public CSV files; empty for the bundled slice.
+    variant: `pure`, `1k` or `27k`; empty to tell it from the file names.
+    max_len: Events kept of a history.
+    prior_strength: Observations that the prior of a single key's rate weighs.
+    pair_strength: The same for a pair of keys.
+    max_count: Counts of evidence are capped here.
+    max_rows_in_memory: Log rows held in memory at a time, at least 1. The
+      tables of users and videos are held whole.
+  """
+
+  root: str = ""
+  variant: str = ""
+  max_len: int = 50
+  prior_strength: float = 20.0
+  pair_strength: float = 5.0
+  max_count: int = 50
+  max_rows_in_memory: int = 1 << 22
+
+  def __post_init__(self):
+    if self.variant not in ("", "pure", "1k", "27k"):
+      raise UserError(
+        f"data.variant: unknown variant {self.variant!r}; known: pure, 1k, 27k"
+      )
+    for name in ("max_len", "max_count", "max_rows_in_memory"):
+      if getattr(self, name) < 1:
+        raise UserError(
+          f"data.{name} must be at least 1, got {getattr(self, name)}"
+        )
+    for name in ("prior_strength", "pair_strength"):
+      if not getattr(self, name) > 0:
+        raise UserError(
+          f"data.{name} must be above 0, got {getattr(self, name)}"
+        )
+
+
+def sources(config: Config) -> list[pathlib.Path]:
+  """The files that `prepare` reads."""
+  return kuairand_source.find_sources(config.root, config.variant).all
+
+
+def estimate_bytes(config: Config) -> int:
+  """Disk space that `prepare` needs, temporary columns included.
+
+  A prepared row and the columns it is made from take about 1.5 KB, a row of
+  the CSV log 70 bytes, one of the bundled log (stored lists counted) 5.
+  """
+  log_bytes = sum(path.stat().st_size for path in sources(config))
+  return log_bytes * (22 if config.root else 200)
+
+
+def prepare(config: Config, directory: epath.PathLike) -> None:
+  """Writes the data set with `recjax.data.columns.ColumnWriter`.
+
+  Raises:
+    UserError: If a file is missing or broken, naming file, column and row.
+
+  Example:
+    >>> prepare(Config(), "/tmp/kuairand")                # doctest: +SKIP
+  """
+  found = kuairand_source.find_sources(config.root, config.variant)
+  with tempfile.TemporaryDirectory(dir=directory, prefix="scratch") as folder:
+    scratch = pathlib.Path(folder)
+    data = kuairand_features.Data(found, scratch, config.max_rows_in_memory)
+    schema = _schema(config)
+    writer = ColumnWriter(directory, schema)
+    vocabularies = _Vocabularies(data)
+    sums = kuairand_features.sum_evidence(data)
+    slices = _write_histories(data, vocabularies, writer)
+    tags = _write_tags(data, vocabularies, writer)
+    for rows in data.blocks(1 << 16):
+      rows = rows[~data.events["stored"][rows]]
+      dense = kuairand_features.dense_features(
+        data, rows, {k: v[rows] for k, v in sums.items()}, config
+      )
+      dense = np.stack([dense[f.name] for f in schema.dense_features], axis=1)
+      block = Block(
+        dense=dense.astype(np.float32),
+        ids=vocabularies.ids(rows),
+        lists=_lists(slices, tags, data.events["video"][rows], rows),
+        vectors={},
+        labels=_labels(data.events, rows),
+        groups=_groups(data, rows),
+      )
+      _append(writer, data.events["part"][rows], block)
+    writer.finish(dataclasses.replace(schema, vocab_sizes=vocabularies.sizes))
+    # Mapped files must be let go of before their folder is removed.
+    del data, vocabularies, sums, slices
+
+
+def _schema(config: Config) -> Schema:
+  def history(name, vocabulary):
+    return Feature(
+      name, "sequence", vocabulary=vocabulary, max_len=config.max_len
+    )
+
+  single = ("user_id", "video_id", *_USER_FEATURES)
+  single = (*single, *_VIDEO_FEATURES, *_ROW_FEATURES)
+  return Schema(
+    features=(
+      *(Feature(name, "sparse") for name in single),
+      Feature("tag", "sparse", multi=True),
+      *(history(f"{k}_history", "video_id") for k in kuairand_source.KINDS),
+      history("author_history", "author_id"),
+      *(Feature(name, "dense") for name in kuairand_features.dense_names()),
+    ),
+    labels=(
+      *(Label(name) for name in _OUTCOMES),
+      Label("play_time", "real", unit="s"),
+    ),
+    roles=Roles(
+      user="user_id",
+      item="video_id",
+      time="time_ms",
+      group="user_id",
+      query="user_id x date",
+      scenario="tab",
+    ),
+    split=Split(by="time", column="date"),
+  )
+
+
+class _Vocabularies:
+  """Rows of the embedding tables: 0, then the training part's values."""
+
+  def __init__(self, data: kuairand_features.Data):
+    self._data = data
+    users = np.zeros(data.num_users, bool)
+    videos = np.zeros(data.num_videos, bool)
+    seen = {name: np.zeros(1 << 15, bool) for name in _ROW_FEATURES}
+    for rows in data.blocks():
+      rows = rows[
+        (data.events["part"][rows] == 0) & ~data.events["stored"][rows]
+      ]
+      users[data.events["user"][rows]] = True
+      videos[data.events["video"][rows]] = True
+      for name, codes in data.row_codes(rows).items():
+        seen[name][codes] = True
+    in_history = videos.copy()
+    for stored in data.histories.values():
+      in_history[stored.video] = True
+    self.sizes = {}
+    self._row = {
+      n: self._number(n, np.arange(1 << 15), s) for n, s in seen.items()
+    }
+    self._user = {
+      "user_id": self._number("user_id", np.arange(len(users)), users)
+    }
+    self._video = {
+      "video_id": self._number("video_id", np.arange(len(videos)), in_history),
+      "author_id": self._number("author_id", data.author, in_history),
+    }
+    for name in _USER_FEATURES:
+      self._user[name] = self._number(name, _column(data.users, name), users)
+    for name in _VIDEO_FEATURES[1:]:
+      self._video[name] = self._number(name, _column(data.videos, name), videos)
+    self.tag = self._number("tag", data.tags, videos)
+
+  def _number(self, name: str, values, seen) -> np.ndarray:
+    """Vocabulary row of each value, given which entries training holds."""
+    known = np.unique(values[seen])
+    at = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    self.sizes[name] = len(known) + 1
+    return np.where(known[at] == values, at + 1, 0).astype(np.int32)
+
+  def ids(self, rows) -> dict[str, np.ndarray]:
+    """Vocabulary rows of the single-valued features."""
+    events = self._data.events
+    user, video = events["user"][rows], events["video"][rows]
+    codes = self._data.row_codes(rows)
+    return (
+      {name: table[user] for name, table in self._user.items()}
+      | {name: table[video] for name, table in self._video.items()}
+      | {name: table[codes[name]] for name, table in self._row.items()}
+    )
+
+  def history_rows(self, video) -> dict[str, np.ndarray]:
+    """Rows of watched videos and of their authors."""
+    return {
+      "video_id": self._video["video_id"][video],
+      "author_id": self._video["author_id"][video],
+    }
+
+
+def _column(table, name: str) -> np.ndarray:
+  if name in table.texts:
+    return table.texts[name]
+  return np.nan_to_num(table.numbers[name], nan=_MISSING)
+
+
+def _write_tags(
+  data: kuairand_features.Data,
+  vocabularies: _Vocabularies,
+  writer: ColumnWriter,
+):
+  """Writes each video's tags; returns the start and length by video."""
+  held = data.tags >= 0
+  first = writer.append_values("tag", vocabularies.tag[held])
+  length = held.sum(axis=1)
+  return first + np.cumsum(length) - length, length.astype(np.int32)
+
+
+def _write_histories(
+  data: kuairand_features.Data,
+  vocabularies: _Vocabularies,
+  writer: ColumnWriter,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Writes each user's events once; returns every row's slice of them."""
+  slices = {
+    f"{kind}_history": (
+      kuairand_features.mapped(
+        data, f"{kind}_start", np.int64, (data.num_events,)
+      ),
+      kuairand_features.mapped(
+        data, f"{kind}_length", np.int32, (data.num_events,)
+      ),
+    )
+    for kind in kuairand_source.KINDS
+  }
+  for low, high in _user_ranges(data):
+    rows = np.concatenate(
+      [
+        block[
+          (data.events["user"][block] >= low)
+          & (data.events["user"][block] < high)
+          & ~data.events["stored"][block]
+        ]
+        for block in data.blocks()
+      ]
+    )
+    for kind in kuairand_source.KINDS:
+      events = _history_events(data, kind, rows, low, high)
+      values = vocabularies.history_rows(events["video"])
+      first = writer.append_values(f"{kind}_history", values["video_id"])
+      if kind == "watch":
+        writer.append_values("author_history", values["author_id"])
+      start, length = causal.visible_slices(
+        events["user"],
+        events["time"],
+        events["part"],
+        *(data.events[name][rows] for name in ("user", "time", "part")),
+      )
+      starts, lengths = slices[f"{kind}_history"]
+      starts[rows], lengths[rows] = first + start, length
+  # Authors are listed as the videos are, so their slices are the same.
+  return slices | {"author_history": slices["watch_history"]}
+
+
+def _user_ranges(data: kuairand_features.Data):
+  """Ranges of users with at most `max_rows` events, or of one user."""
+  count = np.zeros(data.num_users, np.int64)
+  for rows in data.blocks():
+    count += np.bincount(data.events["user"][rows], minlength=data.num_users)
+  total = np.append(0, np.cumsum(count))
+  low = 0
+  while low < data.num_users:
+    high = np.searchsorted(total, total[low] + data.max_rows, side="right") - 1
+    high = max(int(high), low + 1)
+    yield low, high
+    low = high
+
+
+def _history_events(
+  data: kuairand_features.Data, kind: str, rows, low: int, high: int
+):
+  """The events of one kind of users in [low, high), by user, part, time."""
+  stored = data.histories[kind]
+  mine = slice(*np.searchsorted(stored.user, [low, high]))
+  if kind != "watch":
+    label = {"like": "like", "long_watch": "long_view"}[kind]
+    rows = rows[kuairand_features.outcome(data.events, rows, label) == 1]
+  events = {
+    name: np.concatenate([getattr(stored, name)[mine], data.events[name][rows]])
+    for name in ("user", "video", "time")
+  }
+  part = np.zeros(len(events["user"]), np.int64)
+  part[len(part) - len(rows) :] = data.events["part"][rows]
+  order = np.lexsort((events["time"], part, events["user"]))
+  events["part"] = part
+  return {name: column[order] for name, column in events.items()}
+
+
+def _lists(slices, tags, video, rows):
+  lists = {
+    name: (starts[rows], lengths[rows])
+    for name, (starts, lengths) in slices.items()
+  }
+  return lists | {"tag": (tags[0][video], tags[1][video])}
+
+
+def _labels(events, rows) -> dict[str, np.ndarray]:
+  labels = {
+    name: kuairand_features.outcome(events, rows, name).astype(np.float32)
+    for name in _OUTCOMES
+  }
+  play_time = (events["play_ms"][rows] / 1000).astype(np.float32)
+  return labels | {"play_time": play_time}
+
+
+def _groups(data: kuairand_features.Data, rows) -> dict[str, np.ndarray]:
+  user = data.events["user"][rows]
+  day = data.events["day"][rows].astype(np.int64)
+  first_day = int(data.events["day"][data.num_events - 1]) - 127
+  query = user * 128 + np.clip(day - first_day, 0, 127)
+  return {"group": user.astype(np.int32), "query": query.astype(np.int32)}
+
+
+def _append(writer: ColumnWriter, part, block: Block):
+  for number, split in enumerate(SPLITS):
+    chosen = part == number
+    if chosen.any():
+      writer.append(split, _take(block, chosen))
+
+
+def _take(block: Block, chosen) -> Block:
+  def take(columns):
+    return {name: column[chosen] for name, column in columns.items()}
+
+  return Block(
+    dense=block.dense[chosen],
+    ids=take(block.ids),
+    lists={n: (s[chosen], k[chosen]) for n, (s, k) in block.lists.items()},
+    vectors=take(block.vectors),
+    labels=take(block.labels),
+    groups=take(block.groups),
+  )

@@ -1,0 +1,442 @@
+"""Anyone's table: a Parquet or CSV file and a schema file that describes it.
+
+```sh
+python -m experiments.run --config=experiments/configs/msn.py:base \\
+    --workdir=DIR --config.data.name=table \\
+    --config.data.path=log.parquet --config.data.schema=log.json
+```
+
+The schema file's form is in `recjax.schema`. How values are read:
+
+* `sparse`: integers or strings. A feature's vocabulary holds the values of the
+  training part (and of the features that share it); other values get row 0.
+  A null is a value like any other. With `buckets`, values are hashed into rows
+  1 to `buckets` and null gets row 0.
+* `multi` and `sequence`: a list column, or strings with a `separator`. Null is
+  an empty list; null and empty values in a list are left out.
+* `dense` and `vector`: finite numbers; null is an error.
+* labels: null and NaN are missing, and masked; binary ones are 0 or 1.
+* In CSV files an empty field is null, and ids are strings.
+
+The table is streamed twice (three times if split by time), so memory does not
+grow with its rows, only with the number of distinct values and groups.
+"""
+
+import dataclasses
+import pathlib
+import urllib.parse
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recjax.data.columns import Block, ColumnWriter
+from recjax.data.table_source import Rows, Source, is_list, is_string
+from recjax.data.table_split import make_splitter
+from recjax.data.vocabulary import (
+  VALUE_TYPES,
+  Buckets,
+  Vocabulary,
+  VocabularyBuilder,
+  hash_values,
+)
+from recjax.errors import UserError
+from recjax.schema import SPLITS, Feature, Schema
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Options of a table.
+
+  Attributes:
+    path: A `.parquet` or `.csv` file, or a folder of such parts.
+    schema: The schema file.
+  """
+
+  path: str
+  schema: str
+
+
+def sources(config: Config) -> list[pathlib.Path]:
+  """The files that the prepared data depends on."""
+  return [*Source(config.path).files, pathlib.Path(config.schema)]
+
+
+def estimate_bytes(config: Config) -> int:
+  """About how much disk the prepared data needs."""
+  schema = Schema.from_file(config.schema)
+  source = Source(config.path)
+  return source.estimate_bytes(_used_columns(schema))
+
+
+def prepare(config: Config, directory: pathlib.Path) -> None:
+  """Writes the table to `directory` as a column store.
+
+  The vocabularies lie beside it: `vocabulary/<name>.parquet` with the columns
+  `value` and `row`.
+
+  Raises:
+    UserError: At the first mistake in the table or the schema.
+  """
+  schema = Schema.from_file(config.schema)
+  source = Source(config.path)
+  _check_supported(schema, config.schema)
+  source.check_columns(_used_columns(schema))
+  value_types = _value_types(schema, source)
+  splitter = make_splitter(schema.split, source, directory)
+  tables, groups = _collect(schema, source, splitter, value_types)
+  encoder = _Encoder(schema, value_types, tables, groups)
+  writer = ColumnWriter(directory, schema)
+  counts = _Counts(schema)
+  for rows in source.read(_used_columns(schema)):
+    parts = splitter(rows)
+    block = encoder.encode(rows, writer)
+    counts.add(block, parts)
+    for part, split in enumerate(SPLITS):
+      chosen = np.flatnonzero(parts == part)
+      if len(chosen):
+        writer.append(split, _take(block, chosen))
+  counts.check(config.path)
+  sizes = {name: table.size for name, table in tables.items()}
+  writer.finish(dataclasses.replace(schema, vocab_sizes=sizes))
+  folder = directory / "vocabulary"
+  folder.mkdir()
+  for name, table in tables.items():
+    if isinstance(table, Vocabulary):
+      table.save(folder / f"{urllib.parse.quote(name, safe='')}.parquet")
+
+
+class _Encoder:
+  """Turns rows of the table into blocks of the store, checking each value."""
+
+  def __init__(self, schema, value_types, tables, groups):
+    self._schema = schema
+    self._value_types = value_types
+    self._tables = tables
+    self._groups = groups
+
+  def encode(self, rows: Rows, writer: ColumnWriter) -> Block:
+    schema, ids, lists = self._schema, {}, {}
+    for feature in schema.id_features:
+      values, lengths = _values(rows, feature, self._value_types[feature.vocab])
+      found = self._tables[feature.vocab].lookup(values)
+      if lengths is None:
+        ids[feature.name] = found
+      else:
+        first = writer.append_values(feature.name, found)
+        lists[feature.name] = (first + np.cumsum(lengths) - lengths, lengths)
+    dense = [self._dense(rows, f.name) for f in schema.dense_features]
+    return Block(
+      dense=(
+        np.stack(dense, axis=1)
+        if dense
+        else np.zeros((len(rows), 0), np.float32)
+      ),
+      ids=ids,
+      lists=lists,
+      vectors={f.name: self._vector(rows, f) for f in schema.vector_features},
+      labels={v.name: self._label(rows, v) for v in schema.labels},
+      groups={
+        name: vocabulary.lookup(_group_keys(rows, column))
+        for name, (column, vocabulary) in self._groups.items()
+      },
+    )
+
+  def _dense(self, rows, name):
+    with np.errstate(over="ignore"):
+      numbers = rows.floats(name).astype(np.float32)
+    rows.require(
+      name,
+      np.isfinite(numbers),
+      lambda row: (
+        f"{rows.column(name)[row].as_py()} in a dense column; every value "
+        "must be a finite float32: fill it or drop the row"
+      ),
+    )
+    return numbers
+
+  def _label(self, rows, label):
+    numbers = rows.floats(label.name)
+    if label.kind == "binary":
+      good = np.isnan(numbers) | (numbers == 0) | (numbers == 1)
+      allowed = "a binary label is 0, 1 or missing"
+    else:
+      good = ~np.isinf(numbers)
+      allowed = "a real label is finite or missing"
+    rows.require(
+      label.name, good, lambda row: f"{numbers[row]:g} in a label; {allowed}"
+    )
+    return numbers.astype(np.float32)
+
+  def _vector(self, rows, feature):
+    name = feature.name
+    values, lengths = rows.lists(name, feature.separator)
+    rows.require(
+      name,
+      lengths == feature.dim,
+      lambda row: f'{lengths[row]} numbers, but "dim" is {feature.dim}',
+    )
+    try:
+      numbers = values.cast(pa.float32()).to_numpy()
+    except pa.ArrowInvalid as error:
+      raise UserError(
+        f"{rows.path}: column {name!r}, rows {rows.first + 1} to "
+        f"{rows.first + len(rows)}: a vector must hold numbers ({error})"
+      ) from error
+    numbers = numbers.reshape(len(rows), feature.dim)
+    rows.require(
+      name,
+      np.isfinite(numbers).all(axis=1),
+      lambda row: "the vector must hold finite numbers",
+    )
+    return numbers
+
+
+class _Counts:
+  """Rows of each part, and classes of the training part's binary labels."""
+
+  def __init__(self, schema: Schema):
+    self._rows = np.zeros(len(SPLITS), np.int64)
+    self._classes = {
+      v.name: np.zeros(2, np.int64) for v in schema.labels if v.kind == "binary"
+    }
+
+  def add(self, block: Block, parts):
+    self._rows += np.bincount(parts, minlength=len(SPLITS))
+    for name, counts in self._classes.items():
+      labels = block.labels[name][parts == SPLITS.index("train")]
+      counts += [np.sum(labels == 0), np.sum(labels == 1)]
+
+  def check(self, path: str):
+    if not self._rows.sum():
+      raise UserError(f"{path}: the table has no rows")
+    for split, count in zip(SPLITS, self._rows, strict=True):
+      if count == 0:
+        raise UserError(
+          f"{path}: the split leaves no {split} rows (of "
+          f"{self._rows.sum()}); change the schema's split"
+        )
+    for name, (negatives, positives) in self._classes.items():
+      if negatives == 0 or positives == 0:
+        missing = "positive (1)" if positives == 0 else "negative (0)"
+        raise UserError(
+          f"{path}: column {name!r}: no {missing} label in the training "
+          f"part ({self._rows[0]} rows); a model cannot learn from it"
+        )
+
+
+def _check_supported(schema: Schema, where: str):
+  for feature in schema.features:
+    place = f"{where}: feature {feature.name!r}"
+    if feature.kind in ("text", "image"):
+      raise UserError(
+        f"{place}: kind {feature.kind!r} is not supported yet; encode it to "
+        "a vector column"
+      )
+    for key in ("time", "side"):
+      if getattr(feature, key) is not None:
+        raise UserError(f"{place}: {key!r} is not supported yet; leave it out")
+    if feature.buckets is not None and feature.vocabulary is not None:
+      raise UserError(
+        f"{place}: takes the vocabulary of {feature.vocabulary!r}; give "
+        '"buckets" there'
+      )
+    shared = feature.vocabulary
+    if shared is not None and schema.feature(shared).vocab != shared:
+      raise UserError(
+        f"{place}: {shared!r} has no vocabulary of its own; name "
+        f"{schema.feature(shared).vocab!r}"
+      )
+
+
+def _used_columns(schema: Schema) -> list[str]:
+  roles = dataclasses.asdict(schema.roles).values()
+  return [
+    *(f.name for f in schema.features),
+    *(label.name for label in schema.labels),
+    *(name for name in roles if name is not None),
+    *([schema.split.column] if schema.split.by != "random" else []),
+  ]
+
+
+def _value_types(schema: Schema, source: Source) -> dict[str, pa.DataType]:
+  """Vocabulary -> integer if all its columns are, else string."""
+  types = {f.vocab: VALUE_TYPES[0] for f in schema.id_features}
+  for path in source.files:
+    file_schema = source.schema(path)
+    for feature in schema.features:
+      found = _element_type(feature, file_schema.field(feature.name).type, path)
+      if feature.is_id and found != VALUE_TYPES[0]:
+        types[feature.vocab] = found
+    for label in schema.labels:
+      _check_number(label.name, file_schema.field(label.name).type, path)
+  return types
+
+
+def _element_type(feature: Feature, found: pa.DataType, path) -> pa.DataType:
+  """Checks a column's type; returns that of its ids."""
+  where = f"{path}: column {feature.name!r}"
+  if pa.types.is_dictionary(found):
+    found = found.value_type
+  if feature.kind == "dense":
+    _check_number(feature.name, found, path)
+    return found
+  if feature.is_list or feature.kind == "vector":
+    if is_list(found):
+      found = found.value_type
+    elif not is_string(found):
+      raise UserError(
+        f"{where}: has type {found}; a {feature.kind} feature with several "
+        "values needs a list column or strings with a separator"
+      )
+    elif feature.separator is None:
+      raise UserError(
+        f'{where}: holds strings; the schema must give its "separator"'
+      )
+  elif is_list(found):
+    raise UserError(
+      f'{where}: has type {found}; give the feature "multi": true or make it '
+      "a sequence"
+    )
+  if feature.kind == "vector":
+    if not is_string(found):
+      _check_number(feature.name, found, path)
+    return found
+  if is_string(found):
+    return VALUE_TYPES[1]
+  if _is_number(found):
+    return VALUE_TYPES[0]
+  raise UserError(f"{where}: has type {found}; ids must be integers or strings")
+
+
+def _check_number(name: str, found: pa.DataType, path):
+  if path.suffix == ".parquet" and not _is_number(found):
+    raise UserError(f"{path}: column {name!r}: has type {found}, not numbers")
+
+
+def _is_number(found: pa.DataType) -> bool:
+  return (
+    pa.types.is_integer(found)
+    or pa.types.is_floating(found)
+    or pa.types.is_decimal(found)
+    or pa.types.is_boolean(found)
+    or pa.types.is_null(found)
+  )
+
+
+def _collect(schema: Schema, source: Source, splitter, value_types):
+  """Vocabularies of the training part, and numberings of all groups."""
+  builders = {
+    name: VocabularyBuilder(value_type)
+    for name, value_type in value_types.items()
+    if schema.feature(name).buckets is None
+  }
+  columns = {
+    "group": schema.roles.group or schema.roles.user,
+    "query": schema.roles.query,
+  }
+  columns = {name: column for name, column in columns.items() if column}
+  groups = {name: VocabularyBuilder(pa.int64()) for name in columns}
+  features = [f for f in schema.id_features if f.vocab in builders]
+  needed = [
+    *(f.name for f in features),
+    *columns.values(),
+    *([schema.split.column] if schema.split.by != "random" else []),
+  ]
+  if not needed:
+    needed = [schema.labels[0].name]  # Counts rows for the random split.
+  for rows in source.read(needed):
+    in_train = splitter(rows) == SPLITS.index("train")
+    for feature in features:
+      values, lengths = _values(rows, feature, value_types[feature.vocab])
+      chosen = in_train if lengths is None else np.repeat(in_train, lengths)
+      builders[feature.vocab].add(values.filter(pa.array(chosen)))
+    for name, column in columns.items():
+      groups[name].add(_group_keys(rows, column))
+  tables = {
+    name: (
+      builders[name].finish()
+      if name in builders
+      else Buckets(schema.feature(name).buckets)
+    )
+    for name in value_types
+  }
+  return tables, {
+    name: (columns[name], builder.finish()) for name, builder in groups.items()
+  }
+
+
+def _values(rows: Rows, feature: Feature, value_type: pa.DataType):
+  """A feature's values in a block, and each row's count if it has lists.
+
+  Of a longer list the last `max_len` values of a sequence are kept, the first
+  of a set.
+  """
+  if not feature.is_list:
+    return _as_values(rows, feature.name, value_type), None
+  values, lengths = rows.lists(feature.name, feature.separator)
+  kept = lengths
+  if feature.max_len is not None and (lengths > feature.max_len).any():
+    kept = np.minimum(lengths, feature.max_len)
+    place = np.arange(len(values)) - np.repeat(
+      np.cumsum(lengths) - lengths, lengths
+    )
+    skipped = lengths - kept if feature.kind == "sequence" else 0 * lengths
+    first = np.repeat(skipped, lengths)
+    keep = (place >= first) & (place < first + np.repeat(kept, lengths))
+    values = values.filter(pa.array(keep))
+  try:
+    if not is_string(values.type):
+      values = values.cast(pa.int64())
+    return values.cast(value_type), kept
+  except pa.ArrowInvalid as error:
+    raise UserError(
+      f"{rows.path}: column {feature.name!r}, rows {rows.first + 1} to "
+      f"{rows.first + len(rows)}: an id must be a 64-bit integer or a string "
+      f"({error})"
+    ) from error
+
+
+def _as_values(rows: Rows, name: str, value_type: pa.DataType) -> pa.Array:
+  array = rows.column(name)
+  if not is_string(array.type):
+    array = rows.cast(name, _without_nan(array), VALUE_TYPES[0])
+  return array.cast(value_type)
+
+
+def _without_nan(array: pa.Array) -> pa.Array:
+  """Pandas writes an integer column with nulls as floats with NaN."""
+  if not pa.types.is_floating(array.type):
+    return array
+  return pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
+
+
+def _group_keys(rows: Rows, column: str) -> pa.Array:
+  """A 64-bit integer for each distinct value of any scalar column."""
+  array = rows.column(column)
+  if pa.types.is_temporal(array.type):
+    array = array.cast(f"int{array.type.bit_width}")
+  if not is_string(array.type):
+    return rows.cast(column, _without_nan(array), pa.int64())
+  encoded = array.dictionary_encode()
+  keys = hash_values(encoded.dictionary).view(np.int64)
+  return pa.array(keys).take(encoded.indices)
+
+
+def _take(block: Block, chosen) -> Block:
+  def take(arrays):
+    return {name: array[chosen] for name, array in arrays.items()}
+
+  return Block(
+    dense=block.dense[chosen],
+    ids=take(block.ids),
+    lists={
+      name: (starts[chosen], lengths[chosen])
+      for name, (starts, lengths) in block.lists.items()
+    },
+    vectors=take(block.vectors),
+    labels=take(block.labels),
+    groups=take(block.groups),
+  )

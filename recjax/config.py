@@ -16,7 +16,7 @@ from recjax.schema import suggest
 T = TypeVar("T")
 
 
-def build(struct: type[T], values: Mapping[str, Any], where: str) -> T:
+def build(struct: type[T], values: Any, where: str) -> T:
   """Builds the dataclass `struct` from `values`.
 
   Nested dataclasses take nested mappings; lists become tuples; whole numbers
@@ -24,7 +24,7 @@ def build(struct: type[T], values: Mapping[str, Any], where: str) -> T:
 
   Args:
     struct: A dataclass.
-    values: Field name -> value; fields left out keep their default.
+    values: A mapping, field name -> value; fields left out keep their default.
     where: The config block, for messages, such as `config.model`.
 
   Raises:

@@ -45,6 +45,8 @@ def binary_cross_entropy(
   mask: Bool[Array, " batch"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """Sum of the cross entropies in nats, and the number of examples."""
+  # NaN must not meet the logits: its gradient would be NaN times zero.
+  labels = jnp.where(mask, labels, 0.0)
   values = optax.losses.sigmoid_binary_cross_entropy(logits, labels)
   return masked_sum(values, mask)
 
@@ -55,6 +57,7 @@ def squared_error(
   mask: Bool[Array, " batch"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """Sum of the squared differences, and the number of examples."""
+  targets = jnp.where(mask, targets, 0.0)
   return masked_sum(jnp.square(predictions - targets), mask)
 
 

@@ -6,6 +6,7 @@ linearly from `warmup_from` to 1 over `warmup_steps` (MSN trains its first
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -192,6 +193,8 @@ def _parse_rule(rule: str) -> tuple[str, float]:
     if not sign:
       raise ValueError("no '='")
     re.compile(pattern)
+    if not 0 <= float(scale) < math.inf:
+      raise ValueError("the factor must be a finite number from 0")
     return pattern, float(scale)
   except (ValueError, re.error) as error:
     raise UserError(

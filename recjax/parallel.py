@@ -160,8 +160,11 @@ class PmapPlacement:
     """`fn(state)`, another train state in the same place."""
     return jax.pmap(fn, axis_name=DATA, devices=self.devices)(state)
 
-  def compile_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+  def compile_step(
+    self, step: Callable[..., Any], state: Any
+  ) -> Callable[..., Any]:
     """`step(state, batch) -> (state, scalars)` with the state donated."""
+    del state
     return jax.pmap(
       lambda state, batch: step(state, batch, axis_name=DATA),
       axis_name=DATA,

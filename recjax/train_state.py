@@ -169,7 +169,9 @@ def train_step(
     step=state.step + 1,
     params=params,
     opt_state=keep(opt_state, state.opt_state),
-    ema_params=_update_ema(state, params, config.optimizer.ema_decay),
+    ema_params=keep(
+      _update_ema(state, params, config.optimizer.ema_decay), state.ema_params
+    ),
     tables=tables,
     table_states=table_states,
     num_skipped=state.num_skipped + jnp.where(ok, 0, 1),

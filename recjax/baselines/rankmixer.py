@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -101,7 +102,7 @@ class RankMixerBlock(nn.Module):
 
   mlp_ratio: float
   dropout_rate: float = 0.0
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(

@@ -30,7 +30,7 @@ class FeatureTokens(nn.Module):
   num_tokens: int
   token_dim: int
   numeric_dim: int = 0
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
@@ -62,7 +62,7 @@ class ConcatFeatures(nn.Module):
 
   schema: Schema
   numeric_dim: int = 0
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
@@ -84,7 +84,7 @@ class ConcatFeatures(nn.Module):
     slope = self.param("slope", jax.nn.initializers.normal(1.0), shape)
     # Knots spread over the standardised range.
     knots = self.param("knots", jax.nn.initializers.normal(1.0), shape)
-    hinges = jax.nn.relu(dense[..., None] * slope + knots)
+    hinges = jax.nn.relu(dense[..., None] * slope[None] + knots[None])
     return hinges.reshape(dense.shape[0], -1)
 
 

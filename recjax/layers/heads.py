@@ -1,6 +1,7 @@
 """Task heads: one small network a task on a shared representation."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -20,7 +21,7 @@ class TaskHeads(nn.Module):
   tasks: tuple[str, ...]
   hidden_dim: int = 0
   dropout_rate: float = 0.0
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(

@@ -84,7 +84,7 @@ def summarize(counts: dict[str, Any]) -> dict[str, float]:
     "max_weight": float(counts["max_weight_sum"])
     / max(float(counts["searches"]), 1.0),
     "gate": float(counts["gate_sum"]) / max(float(counts["gates"]), 1.0),
-    "collapsed": float(perplexity < COLLAPSE_PERPLEXITY),
+    "collapsed": float(0 < perplexity < COLLAPSE_PERPLEXITY and hits.any()),
   }
 
 

@@ -25,7 +25,7 @@ class PerTokenDense(nn.Module):
   """
 
   features: int
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
@@ -49,7 +49,7 @@ class PerTokenFFN(nn.Module):
 
   mlp_ratio: float = 4.0
   dropout_rate: float = 0.0
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(

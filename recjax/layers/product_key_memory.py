@@ -37,6 +37,7 @@ from recjax.sparse.table import Table
 SCOPES = ("per_token", "per_sample")
 VALUE_SCOPES = ("shared", "per_token")
 THETA_SIDES = ("right", "left")
+VALUE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,9 @@ class MemoryConfig:
     use_layer_norm: LayerNorm on queries and keys.
     use_over_parameterization: Keys pass through a learned Theta.
     theta_side: `right`: K Theta (d x d); `left`: Theta K (num_keys squared).
-    freeze_base_keys: True: train Theta only, as SimVQ does.
+    freeze_base_keys: True: no gradient reaches the stored keys, only Theta, as
+      in SimVQ. Weight decay still would: give them the rule
+      `optimizer.scale_rules=("memory_.*/(row|col)_keys=0",)` as well.
     value_init_scale: Standard deviation of initial values.
     value_learning_rate: Multiplies the sparse learning rate for the values.
     value_dtype: Storage of the values, `float32` or `bfloat16`.
@@ -83,11 +86,17 @@ class MemoryConfig:
       ("query_scope", SCOPES),
       ("value_scope", VALUE_SCOPES),
       ("theta_side", THETA_SIDES),
+      ("value_dtype", VALUE_DTYPES),
     ):
       if getattr(self, name) not in allowed:
         raise UserError(
           f"memory.{name} must be one of {', '.join(allowed)}, got "
           f"{getattr(self, name)!r}"
+        )
+    for name in ("key_dim", "num_heads"):
+      if getattr(self, name) < 1:
+        raise UserError(
+          f"memory.{name} must be at least 1, got {getattr(self, name)}"
         )
     if not 1 <= self.top_k <= self.num_keys:
       raise UserError(
@@ -110,7 +119,7 @@ class ProductKeyMemory(nn.Module):
   """
 
   config: MemoryConfig
-  dtype: jnp.dtype = jnp.float32
+  dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(
@@ -137,15 +146,15 @@ class ProductKeyMemory(nn.Module):
     scores, slots = product_key_top_k(row_scores, col_scores, config.top_k)
     weights = jax.nn.softmax(scores, axis=-1)
 
-    num_rows = config.num_slots
     if config.value_scope == "per_token":
-      num_rows *= num_tokens
       offset = config.num_slots * jnp.arange(num_tokens)
       ids = slots + offset[:, None, None, None]
       read_weights = jnp.broadcast_to(weights, ids.shape)
     else:
       ids, read_weights = slots, weights
-    ids = jnp.where(example_mask[:, None, None], ids, num_rows)
+    # The stored table is longer than its slots; only its end reads nothing.
+    table = value_table(config, num_tokens=num_tokens, value_dim=x.shape[-1])
+    ids = jnp.where(example_mask[:, None, None], ids, table.shape[0])
     merge_heads = lambda a: a.reshape(*a.shape[:2], -1)  # noqa: E731
     output = in_model.read(
       self, "values", merge_heads(ids), merge_heads(read_weights)
@@ -248,7 +257,7 @@ def effective_keys(
 
 
 def layer_norm(
-    x: Float[Array, "*shape dim"], gain: Float[Array, " dim"], eps: float = 1e-6
+  x: Float[Array, "*shape dim"], gain: Float[Array, " dim"], eps: float = 1e-6
 ) -> Float[Array, "*shape dim"]:
   """Zero mean and unit variance over the last axis, times `gain`."""
   centred = x - x.mean(axis=-1, keepdims=True)

@@ -1,0 +1,311 @@
+"""What must hold for every file in `recjax.models` and `recjax.baselines`."""
+
+import dataclasses
+import functools
+import re
+from unittest import mock
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from recjax import method as method_lib
+from recjax import optimizer as optimizer_lib
+from recjax import train_state
+from recjax.sparse import in_model
+from recjax.sparse import table as table_lib
+from tests import compiled, toy
+
+TASKS = ("click", "like", "play_time")
+# Overrides that make a method tiny; a method that is not named takes none.
+RANKMIXER = {"embed_dim": 4, "num_tokens": 2, "token_dim": 8, "num_layers": 1}
+TINY = {
+  "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
+  "rankmixer": RANKMIXER,
+  "msn": RANKMIXER
+  | {
+    "memory_layers": [0],
+    "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
+  },
+}
+OPTIMIZER = optimizer_lib.Config(
+  learning_rate=0.01,
+  weight_decay=0.01,
+  sparse=optimizer_lib.SparseConfig(learning_rate=0.1),
+)
+PADDING = 4
+
+
+class Case:
+  """One tiny method, and its step and evaluation compiled once."""
+
+  def __init__(self, name, **overrides):
+    self.name = name
+    config = {"tasks": TASKS, **TINY.get(name, {}), **overrides}
+    self.method = method_lib.load(name, config, toy.SCHEMA)
+    self.config = self.step_config()
+    self.init = compiled.jit(
+      lambda rng: train_state.init_state(rng, self.config)
+    )
+    self.step = compiled.jit(
+      lambda s, b: train_state.train_step(s, b, self.config)
+    )
+    self.evaluate = compiled.jit(self.evaluate_eagerly)
+    self.predict = compiled.jit(self.predict_eagerly)
+
+  @functools.cached_property
+  def state(self):
+    return self.init(jax.random.key(0))
+
+  def step_config(self, stage=None):
+    return train_state.StepConfig(
+      self.method, stage or self.method.stages[0], OPTIMIZER, num_steps=30
+    )
+
+  def predict_eagerly(self, state, batch):
+    rows = self.method.read(state.tables, batch)
+    return self.method.apply(
+      state.params, state.tables, rows, batch, train=False
+    )[0]
+
+  def evaluate_eagerly(self, state, batch):
+    """Predictions, loss terms, and gradients of parameters and whole tables."""
+    terms, grads = train_state.loss_and_gradients(state, batch, self.config)
+    return {
+      "predictions": self.predict_eagerly(state, batch),
+      "terms": terms,
+      "params": grads["params"],
+      "tables": {
+        name: _scatter(reads, self.method.tables[name])
+        for name, reads in grads["row_grads"].items()
+      },
+    }
+
+  def paths(self):
+    """Parameter paths and table names."""
+    leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
+    names = [optimizer_lib.path_name(path) for path, _ in leaves]
+    return names, sorted(self.method.tables)
+
+
+make_case = functools.cache(Case)
+MODELS = [{"testcase_name": f"_{n}", "name": n} for n in method_lib.names()]
+
+
+def _scatter(reads, table):
+  dense = jnp.zeros(table.shape)
+  for ids, grads in reads:
+    dense = dense.at[ids].add(grads, mode="drop")
+  return dense
+
+
+def _permute(tree, order):
+  return jax.tree.map(lambda x: x[order], tree)
+
+
+class ModelContractTest(parameterized.TestCase):
+  @parameterized.named_parameters(MODELS)
+  def test_builds_without_data(self, name):
+    method = make_case(name).method
+    params, tables = jax.eval_shape(method.init, jax.random.key(0))
+    self.assertNotEmpty(jax.tree.leaves(params))
+    for leaf in jax.tree.leaves(params):
+      self.assertEqual(leaf.dtype, jnp.float32)
+    self.assertEqual(
+      {n: t.shape for n, t in tables.items()},
+      {n: t.shape for n, t in method.tables.items()},
+    )
+
+  @parameterized.named_parameters(MODELS)
+  def test_predicts_every_task_and_jit_changes_nothing(self, name):
+    case, batch = make_case(name), toy.make_batch()
+    predictions = case.evaluate(case.state, batch)["predictions"]
+    self.assertCountEqual(predictions, TASKS)
+    chex.assert_tree_all_finite(predictions)
+    for value in predictions.values():
+      self.assertEqual((value.shape, value.dtype), ((16,), jnp.float32))
+    eager = case.predict_eagerly(case.state, batch)
+    chex.assert_trees_all_close(predictions, eager, rtol=1e-5, atol=1e-5)
+
+  @parameterized.named_parameters(MODELS)
+  def test_order_of_examples_does_not_matter(self, name):
+    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    order = np.random.default_rng(0).permutation(batch.size)
+    first = case.evaluate(case.state, batch)
+    second = case.evaluate(case.state, _permute(batch, order))
+    expected = first | {"predictions": _permute(first["predictions"], order)}
+    chex.assert_trees_all_close(second, expected, rtol=1e-4, atol=1e-5)
+
+  @parameterized.named_parameters(MODELS)
+  def test_what_padding_holds_changes_nothing(self, name):
+    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    other, valid = toy.make_batch(1), np.asarray(batch.example_mask)
+    garbage = jax.tree.map(
+      lambda a, b: jnp.where(valid.reshape(-1, *[1] * (a.ndim - 1)), a, b),
+      batch,
+      other,
+    )
+    garbage = garbage.replace(
+      id_mask=batch.id_mask,
+      labels={k: jnp.where(valid, v, jnp.nan) for k, v in batch.labels.items()},
+      example_mask=batch.example_mask,
+    )
+    first, second = (case.evaluate(case.state, b) for b in (batch, garbage))
+    chex.assert_tree_all_finite(second)
+    for out in (first, second):
+      out["predictions"] = _permute(out["predictions"], valid)
+    chex.assert_trees_all_close(first, second, rtol=1e-5, atol=1e-6)
+
+  @parameterized.named_parameters(MODELS)
+  def test_padding_changes_no_prediction_of_the_valid(self, name):
+    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    short = _permute(batch, slice(batch.size - PADDING))
+    padded = case.evaluate(case.state, batch)
+    expected = case.predict(case.state, short)
+    chex.assert_trees_all_close(
+      _permute(padded["predictions"], slice(short.size)),
+      expected,
+      rtol=1e-5,
+      atol=1e-5,
+    )
+    for task, (_, weight) in padded["terms"].items():
+      if task in TASKS:
+        self.assertEqual(weight, short.label_mask[task].sum())
+
+  @parameterized.named_parameters(MODELS)
+  def test_every_trained_path_has_a_gradient(self, name):
+    case = make_case(name)
+    out = case.evaluate(case.state, toy.make_batch())
+    chex.assert_tree_all_finite(out)
+    for path, grad in jax.tree_util.tree_leaves_with_path(out["params"]):
+      self.assertTrue(jnp.any(grad != 0), optimizer_lib.path_name(path))
+    self.assertCountEqual(out["tables"], case.method.tables)
+    for table, grad in out["tables"].items():
+      self.assertTrue(jnp.any(grad != 0), table)
+
+  @parameterized.named_parameters(MODELS)
+  def test_row_gradients_equal_those_of_whole_tables(self, name):
+    case, batch = make_case(name), toy.make_batch()
+    loss_fn, method = case.method.module.loss_fn, case.method
+
+    def loss(tables):
+      rows = method.read(tables, batch)
+      predictions, aux, _ = method.apply(
+        case.state.params, tables, rows, batch, train=True, rng=rng
+      )
+      terms = loss_fn(predictions, aux, batch, method.config)
+      return sum(total / weight for total, weight in terms.values())
+
+    def dense_gather(values, ids, weights):
+      return jnp.einsum("...k,...kd->...d", weights, values[ids])
+
+    rng = jax.random.fold_in(jax.random.key(0), 0)
+    with mock.patch.object(in_model, "weighted_gather", dense_gather):
+      expected = compiled.jit(jax.grad(loss))(case.state.tables)
+    actual = case.evaluate(case.state, batch)["tables"]
+    chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+  @parameterized.named_parameters(MODELS)
+  def test_frozen_paths_stay_bit_identical(self, name):
+    case, batch = make_case(name), toy.make_batch()
+    params, tables = case.paths()
+    trained = params[1::2] + tables[1:]
+    stage = method_lib.Stage(trainable=tuple(re.escape(p) for p in trained))
+    config = case.step_config(stage)
+
+    def gradients_and_step(state, batch):
+      state = train_state.start_stage(state, config)
+      grads = train_state.loss_and_gradients(state, batch, config)[1]
+      return grads, train_state.train_step(state, batch, config)[0]
+
+    grads, after = compiled.jit(gradients_and_step)(case.state, batch)
+    self.assertCountEqual(grads["row_grads"], tables[1:])
+    flat = jax.tree_util.tree_leaves_with_path
+    triples = zip(
+      flat(grads["params"]),
+      jax.tree.leaves(case.state.params),
+      jax.tree.leaves(after.params),
+      strict=True,
+    )
+    for (path, grad), old, new in triples:
+      path = optimizer_lib.path_name(path)
+      moved = path in trained
+      self.assertEqual(bool(jnp.any(grad != 0)), moved, path)
+      self.assertEqual(bool(jnp.any(old != new)), moved, path)
+    for table in tables:
+      same = bool(jnp.all(case.state.tables[table] == after.tables[table]))
+      self.assertEqual(same, table not in trained, table)
+
+  @parameterized.named_parameters(MODELS)
+  def test_a_step_leaves_unread_rows_bit_identical(self, name):
+    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    after, _ = case.step(case.state, batch)
+    grads = case.evaluate(case.state, batch)["tables"]
+    for table, grad in grads.items():
+      touched = np.any(np.asarray(grad) != 0, axis=-1)
+      moved = np.any(
+        np.asarray(after.tables[table] != case.state.tables[table]), axis=-1
+      )
+      np.testing.assert_array_equal(moved, touched, table)
+      self.assertFalse(moved[case.method.tables[table].num_rows :].any())
+
+  @parameterized.named_parameters(MODELS)
+  def test_learns_toy_data_and_is_traced_once(self, name):
+    case = make_case(name)
+    batches = [toy.make_batch(seed, num_padding=seed) for seed in range(3)]
+    state, values = case.state, []
+    for i in range(30):
+      state, scalars = case.step(state, batches[i % 3])
+      values.append(float(scalars["loss"][0]))
+    self.assertLess(np.mean(values[-3:]), 0.7 * np.mean(values[:3]))
+    self.assertEqual(int(state.step), 30)
+    self.assertEqual(int(state.num_skipped), 0)
+    self.assertEqual(case.step._cache_size(), 1)
+    for task in TASKS:
+      self.assertIn(task, scalars)
+
+  @parameterized.named_parameters(MODELS)
+  def test_same_seed_gives_the_same_numbers(self, name):
+    case, batch = make_case(name), toy.make_batch()
+    again = case.init(jax.random.key(0))
+    chex.assert_trees_all_equal(case.state, again)
+    chex.assert_trees_all_equal(
+      case.step(case.state, batch), case.step(again, batch)
+    )
+    other = case.init(jax.random.key(1))
+    for name, table in case.method.tables.items():
+      same = case.state.tables[name] == other.tables[name]
+      self.assertFalse(bool(jnp.any(same[: table.num_rows])), name)
+
+  @parameterized.named_parameters(MODELS)
+  def test_bfloat16_stays_near_float32(self, name):
+    case, batch = make_case(name), toy.make_batch()
+    fields = dataclasses.fields(case.method.module.Config)
+    self.assertIn("dtype", [field.name for field in fields])
+    half = Case(name, dtype="bfloat16")
+    state = jax.eval_shape(half.step, case.state, batch)[0]
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, case.state)
+    actual = half.predict(case.state, batch)
+    expected = case.evaluate(case.state, batch)["predictions"]
+    chex.assert_trees_all_close(actual, expected, atol=0.05)
+    for task in TASKS:
+      self.assertEqual(actual[task].dtype, jnp.float32)
+      self.assertTrue(bool(jnp.any(actual[task] != expected[task])))
+
+  @parameterized.named_parameters(MODELS)
+  def test_zero_taps_have_the_shape_of_the_reads(self, name):
+    case, batch = make_case(name), toy.make_batch()
+    taps = case.method.zero_taps(case.state.params, case.state.tables, batch)
+    tables = case.method.tables
+    self.assertCountEqual(taps, [n for n, t in tables.items() if t.in_model])
+    for table, tap in taps.items():
+      self.assertEqual(tap.shape[-1], tables[table].dim)
+      self.assertFalse(bool(jnp.any(tap)))
+    for table in tables.values():
+      self.assertIsInstance(table, table_lib.Table)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -16,7 +16,7 @@ from recjax import optimizer as optimizer_lib
 from recjax import train_state
 from recjax.sparse import in_model
 from recjax.sparse import table as table_lib
-from tests import compiled, toy
+from tests import toy
 
 TASKS = ("click", "like", "play_time")
 # Overrides that make a method tiny; a method that is not named takes none.
@@ -46,14 +46,10 @@ class Case:
     config = {"tasks": TASKS, **TINY.get(name, {}), **overrides}
     self.method = method_lib.load(name, config, toy.SCHEMA)
     self.config = self.step_config()
-    self.init = compiled.jit(
-      lambda rng: train_state.init_state(rng, self.config)
-    )
-    self.step = compiled.jit(
-      lambda s, b: train_state.train_step(s, b, self.config)
-    )
-    self.evaluate = compiled.jit(self.evaluate_eagerly)
-    self.predict = compiled.jit(self.predict_eagerly)
+    self.init = jax.jit(lambda rng: train_state.init_state(rng, self.config))
+    self.step = jax.jit(lambda s, b: train_state.train_step(s, b, self.config))
+    self.evaluate = jax.jit(self.evaluate_eagerly)
+    self.predict = jax.jit(self.predict_eagerly)
 
   @functools.cached_property
   def state(self):
@@ -203,7 +199,7 @@ class ModelContractTest(parameterized.TestCase):
 
     rng = jax.random.fold_in(jax.random.key(0), 0)
     with mock.patch.object(in_model, "weighted_gather", dense_gather):
-      expected = compiled.jit(jax.grad(loss))(case.state.tables)
+      expected = jax.jit(jax.grad(loss))(case.state.tables)
     actual = case.evaluate(case.state, batch)["tables"]
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
@@ -220,7 +216,7 @@ class ModelContractTest(parameterized.TestCase):
       grads = train_state.loss_and_gradients(state, batch, config)[1]
       return grads, train_state.train_step(state, batch, config)[0]
 
-    grads, after = compiled.jit(gradients_and_step)(case.state, batch)
+    grads, after = jax.jit(gradients_and_step)(case.state, batch)
     self.assertCountEqual(grads["row_grads"], tables[1:])
     flat = jax.tree_util.tree_leaves_with_path
     triples = zip(

@@ -12,7 +12,7 @@ from recjax import config as config_lib
 from recjax import method as method_lib
 from recjax import optimizer, train_state
 from recjax.errors import UserError
-from tests import compiled, toy
+from tests import toy
 
 PARAMS = {
   "body": {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full((3,), 4.0)},
@@ -168,8 +168,8 @@ def make_case():
     ),
     num_steps=10,
   )
-  step = compiled.jit(lambda s, b: train_state.train_step(s, b, config))
-  init = compiled.jit(lambda rng: train_state.init_state(rng, config))
+  step = jax.jit(lambda s, b: train_state.train_step(s, b, config))
+  init = jax.jit(lambda rng: train_state.init_state(rng, config))
   return config, init(jax.random.key(0)), step
 
 
@@ -204,7 +204,7 @@ class StepTest(absltest.TestCase):
   def test_rows_move_by_the_warm_up(self):
     config, state, step = make_case()
     batch = toy.make_batch()
-    grads = compiled.jit(
+    grads = jax.jit(
       lambda s, b: train_state.loss_and_gradients(s, b, config)[1]
     )
     for i in range(2):

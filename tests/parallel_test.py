@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from recjax import method as method_lib
 from recjax import optimizer, parallel, train_state
 from recjax.errors import UserError
-from tests import compiled, toy
+from tests import toy
 
 PLACEMENTS = {
   "1x8": parallel.Config(data=1, model=8),
@@ -68,7 +68,7 @@ def step_config(name, stage=None):
 def initial(name):
   """The initial state on the host."""
   init = functools.partial(train_state.init_state, config=step_config(name))
-  return jax.device_get(compiled.jit(init)(jax.random.key(0)))
+  return jax.device_get(jax.jit(init)(jax.random.key(0)))
 
 
 def put(placement, state):

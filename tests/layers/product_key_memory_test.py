@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from recjax.errors import UserError
 from recjax.layers import product_key_memory as pkm
 from recjax.sparse import in_model
-from tests import compiled, oracles
+from tests import oracles
 
 TOKENS, BATCH, DIM = 3, 5, 8
 BASE = pkm.MemoryConfig(num_keys=6, key_dim=4, top_k=3)
@@ -131,7 +131,7 @@ class ProductKeyMemoryTest(parameterized.TestCase):
   @parameterized.named_parameters(NAMED)
   def test_equals_brute_force(self, choice):
     config, params, values, x = make(choice)
-    output, searches, _ = compiled.jit(apply, static_argnums=0)(
+    output, searches, _ = jax.jit(apply, static_argnums=0)(
       config, params, values, x
     )
     expected, weights = oracles.memory(
@@ -172,7 +172,7 @@ class ProductKeyMemoryTest(parameterized.TestCase):
     self.assertEmpty([n for n in folded if n.endswith(("_theta", "key_gain"))])
     shapes = jax.eval_shape(lambda: init(serving, values, x))
     self.assertEqual(jax.tree.structure(shapes), jax.tree.structure(folded))
-    run = compiled.jit(apply, static_argnums=0)
+    run = jax.jit(apply, static_argnums=0)
     expected = run(config, params, values, x)[0]
     actual = run(serving, folded, values, x)[0]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
@@ -206,7 +206,7 @@ class ProductKeyMemoryTest(parameterized.TestCase):
     x = jax.random.normal(jax.random.key(1), (2, 64, DIM))
     values = jnp.zeros((config.num_slots, DIM))
 
-    params = compiled.jit(init, static_argnums=0)(config, values, x)
+    params = jax.jit(init, static_argnums=0)(config, values, x)
     params, x = oracles.to_float64((params, x))
     scores = [oracles.sub_scores(params, q, 0, 0, config) for q in x[0]]
     self.assertBetween(float(np.std(scores)), 0.8, 1.2)
@@ -221,7 +221,7 @@ class ProductKeyMemoryTest(parameterized.TestCase):
       output, searches, _ = apply(config, params, values, x)
       return jnp.sum(output**2), searches["slots"]
 
-    grads, slots = compiled.jit(jax.grad(loss, has_aux=True))(params)
+    grads, slots = jax.jit(jax.grad(loss, has_aux=True))(params)
     rows = np.asarray(slots).ravel() // config.num_keys
     self.assertLess(len(set(rows)), config.num_keys)
     after = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
@@ -237,7 +237,7 @@ class ProductKeyMemoryTest(parameterized.TestCase):
   def test_frozen_base_keys_have_no_gradient(self, freeze):
     config, params, values, x = make({"freeze_base_keys": freeze})
     loss = lambda p: jnp.sum(apply(config, p, values, x)[0] ** 2)  # noqa: E731
-    grads = compiled.jit(jax.grad(loss))(params)
+    grads = jax.jit(jax.grad(loss))(params)
     for axis in ("row", "col"):
       self.assertEqual(bool((grads[f"{axis}_keys"] == 0).all()), freeze)
       self.assertTrue(bool((grads[f"{axis}_theta"] != 0).any()))

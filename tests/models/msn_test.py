@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from recjax import method as method_lib
 from recjax.errors import UserError
 from recjax.models import msn
-from tests import compiled, oracles, toy
+from tests import oracles, toy
 
 TINY = {
   "tasks": ["click"],
@@ -83,7 +83,7 @@ class MsnTest(parameterized.TestCase):
   def test_equals_the_equations(self, overrides):
     method, batch = load(**overrides), toy.make_batch(size=6)
     params, tables = oracles.random_variables(method)
-    run = compiled.jit(lambda p, t, b: forward(method, p, t, b)[0])
+    run = jax.jit(lambda p, t, b: forward(method, p, t, b)[0])
     np.testing.assert_allclose(
       run(params, tables, batch)["click"],
       oracle(method, params, tables, batch),
@@ -103,8 +103,8 @@ class MsnTest(parameterized.TestCase):
     serving = dataclasses.replace(method, config=config)
     shapes, _ = jax.eval_shape(serving.init, jax.random.key(0))
     chex.assert_trees_all_equal_shapes(shapes, folded)
-    expected = compiled.jit(lambda: forward(method, params, tables, batch))()
-    actual = compiled.jit(lambda: forward(serving, folded, tables, batch))()
+    expected = jax.jit(lambda: forward(method, params, tables, batch))()
+    actual = jax.jit(lambda: forward(serving, folded, tables, batch))()
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
 
   def test_an_untouched_memory_gates_by_its_constant(self):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
-from recjax.sparse.table import Table
+from recjax.sparse.table import Table, take_rows
 
 # Linen collections: the constant tables and the zero taps that go in, the
 # (ids, weights) that come out.
@@ -89,7 +89,7 @@ def weighted_gather(
   """
   values = jax.lax.stop_gradient(values)
   # One flat gather: a loop over k would copy a donated table whole.
-  rows = jnp.take(values, ids, axis=0, mode="fill", fill_value=0)
+  rows = take_rows(values, ids)
   if rows.dtype == jnp.uint16:
     rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
   return jnp.einsum("...k,...kd->...d", weights, rows.astype(jnp.float32))

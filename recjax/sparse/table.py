@@ -99,9 +99,13 @@ def embedding_table(
 
 
 def init_table(rng: Array, table: Table) -> Array:
-  """Normal values of standard deviation `init_scale`, in the storage type."""
+  """Normal values of standard deviation `init_scale`, in the storage type.
+
+  The rows that only pad the table are zeros, as a row out of range reads.
+  """
   values = table.init_scale * jax.random.normal(rng, table.shape)
-  return to_storage(values, table)
+  row = jax.lax.broadcasted_iota(jnp.int32, table.shape, 0)
+  return to_storage(jnp.where(row < table.num_rows, values, 0.0), table)
 
 
 def to_storage(rows: Float[Array, "*rows dim"], table: Table) -> Array:
@@ -122,8 +126,14 @@ def gather(
   values: Array, ids: Int[Array, "*ids"], table: Table
 ) -> Float[Array, "*ids dim"]:
   """Rows `ids` in float32; an id out of range gives a row of zeros."""
-  rows = jnp.take(values, ids, axis=0, mode="fill", fill_value=0)
-  return from_storage(rows, table)
+  return from_storage(take_rows(values, ids), table)
+
+
+def take_rows(values: Array, ids: Int[Array, "*ids"]) -> Array:
+  """`values[ids]` as stored; zeros for ids out of range, negative ones too."""
+  return values.at[ids].get(
+    mode="fill", fill_value=0, wrap_negative_indices=False
+  )
 
 
 def feature_ids(table: Table, batch: Batch) -> Int[Array, " ids"]:
@@ -135,9 +145,9 @@ def feature_ids(table: Table, batch: Batch) -> Int[Array, " ids"]:
   parts = []
   for name, first_row in table.first_row.items():
     ids = batch.ids[name]
-    mask = batch.id_mask.get(name)
-    if mask is None:
-      mask = batch.example_mask
+    mask = batch.example_mask
+    if name in batch.id_mask:
+      mask = batch.id_mask[name] & mask[:, None]
     ids = jnp.where(mask, ids + first_row, table.shape[0])
     parts.append(ids.reshape(-1))
   return jnp.concatenate(parts).astype(jnp.int32)

@@ -17,7 +17,13 @@ from recjax import train
 from recjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Recipe and size, as experiments/configs/msn.py:base."
+  "config",
+  None,
+  "Recipe and size, as experiments/configs/msn.py:base.",
+  # A recipe need not name every option: the library knows them all, and which
+  # keys are none.
+  lock_config=False,
+  accept_new_attributes=True,
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _DISTRIBUTED = flags.DEFINE_bool(

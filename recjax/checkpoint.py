@@ -16,8 +16,6 @@ from etils import epath
 
 from recjax.errors import UserError
 
-_POLICIES = ocp.checkpoint_managers.preservation_policy
-
 
 class Checkpoints:
   """The folder `checkpoints/` of a workdir.
@@ -29,20 +27,11 @@ class Checkpoints:
 
   def __init__(self, workdir: str | os.PathLike, *, keep: int = 2):
     directory = epath.Path(workdir).expanduser().resolve() / "checkpoints"
-    policy = _POLICIES.AnyPreservationPolicy(
-      [
-        _POLICIES.LatestN(keep),
-        _POLICIES.BestN(
-          get_metric_fn=lambda metrics: metrics["monitor"],
-          n=1,
-          keep_checkpoints_without_metrics=False,
-        ),
-      ]
-    )
+    self._kept = _Kept(keep)
     self._manager = ocp.CheckpointManager(
       directory,
       options=ocp.CheckpointManagerOptions(
-        preservation_policy=policy, cleanup_tmp_directories=True
+        preservation_policy=self._kept, cleanup_tmp_directories=True
       ),
     )
 
@@ -57,7 +46,7 @@ class Checkpoints:
     state: Any,
     record: dict[str, Any],
     *,
-    monitor: float | None = None,
+    best_step: int | None = None,
   ) -> None:
     """Saves in the background; `close` waits.
 
@@ -65,25 +54,24 @@ class Checkpoints:
       step: Updates so far; a step that is saved already is left alone.
       state: A train state without device axes.
       record: JSON data to hand back with it.
-      monitor: What the best checkpoint is the largest of.
+      best_step: The best step so far, whose checkpoint is kept however old.
     """
-    if step in self._manager.all_steps():
-      return
+    self._kept.best_step = best_step
     self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        record=ocp.args.JsonSave(record),
+        record=ocp.args.JsonSave({"arrays": _describe(state), **record}),
       ),
-      metrics=None if monitor is None else {"monitor": monitor},
     )
 
   def record(self, step: int) -> dict[str, Any]:
-    """The JSON record of one checkpoint."""
-    restored = self._manager.restore(
-      step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-    )
-    return restored["record"]
+    """The JSON record of one checkpoint.
+
+    Raises:
+      UserError: If it is damaged.
+    """
+    return {k: v for k, v in self._record(step).items() if k != "arrays"}
 
   def restore(self, step: int, target: Any) -> Any:
     """The state of one checkpoint.
@@ -93,33 +81,68 @@ class Checkpoints:
       target: Shapes, types and shardings that the state must have.
 
     Raises:
-      UserError: If the checkpoint holds something else, as after a change of
-        the config.
+      UserError: If the checkpoint is damaged or holds something else, as
+        after a change of the config.
     """
-    try:
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
-      )
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(
-        f"{self._manager.directory}/{step}: does not fit this config "
-        f"({str(error).splitlines()[0][:200]}); use another --workdir"
-      ) from error
-    state = restored["state"]
-    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
-    if shapes(state) != shapes(target):
-      raise UserError(
-        f"{self._manager.directory}/{step}: holds arrays of other shapes than "
-        "this config asks for; use another --workdir"
-      )
-    return state
+    # Asked before: Orbax reads all it can and logs a trace for every misfit.
+    held, wanted = self._record(step)["arrays"], _describe(target)
+    for name in sorted(held.keys() | wanted.keys()):
+      if held.get(name) != wanted.get(name):
+        raise UserError(
+          f"{self._manager.directory}/{step}: does not fit this config "
+          f"({name}: {held.get(name)} there, {wanted.get(name)} asked for); "
+          "use another --workdir"
+        )
+    return self._read(step, "state", ocp.args.StandardRestore(target))
 
   def close(self) -> None:
     """Waits for saves under way."""
     self._manager.wait_until_finished()
     self._manager.close()
 
+  def _record(self, step: int) -> dict[str, Any]:
+    record = self._read(step, "record", ocp.args.JsonRestore())
+    if not isinstance(record, dict) or "arrays" not in record:
+      raise self._damaged(step, "its record is not whole")
+    return record
 
-def _monitor(metrics: dict[str, float]) -> float:
-  return metrics["monitor"]
+  def _read(self, step: int, item: str, args: Any) -> Any:
+    try:
+      restored = self._manager.restore(
+        step, args=ocp.args.Composite(**{item: args})
+      )
+    except Exception as error:  # Orbax raises all kinds, `Exception` as well.
+      reason = " ".join(str(error).split())[:200] or type(error).__name__
+      raise self._damaged(step, reason) from error
+    return restored[item]
+
+  def _damaged(self, step: int, reason: str) -> UserError:
+    return UserError(
+      f"{self._manager.directory}/{step}: this checkpoint is damaged "
+      f"({reason}); delete its folder to go on from the one before, or use "
+      "another --workdir"
+    )
+
+
+def _describe(state: Any) -> dict[str, str]:
+  """Path -> type and shape of every array."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {
+    jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+    for path, leaf in leaves
+  }
+
+
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+  """The newest few and the one that the loop calls the best.
+
+  Orbax's own choice by metric forgets the metrics when a run is resumed, and
+  knows neither ties nor stages as the loop does.
+  """
+
+  def __init__(self, num_newest: int):
+    self.num_newest, self.best_step = num_newest, None
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    newest = {info.step for info in checkpoints[-self.num_newest :]}
+    return [info.step in newest | {self.best_step} for info in checkpoints]

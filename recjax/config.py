@@ -5,6 +5,7 @@ knows, or a value of the wrong type, ends the run in its first second.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -14,6 +15,17 @@ from recjax.errors import UserError
 from recjax.schema import suggest
 
 T = TypeVar("T")
+
+_LEAST = {
+  "embed_dim": 1,
+  "mlp_dims": 1,
+  "num_tokens": 1,
+  "token_dim": 1,
+  "num_layers": 1,
+  "head_dim": 0,
+  "numeric_dim": 0,
+}
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build(struct: type[T], values: Any, where: str) -> T:
@@ -56,6 +68,41 @@ def build(struct: type[T], values: Any, where: str) -> T:
     if required and name not in arguments:
       raise UserError(f"{where}.{name} is missing; set it")
   return struct(**arguments)
+
+
+def check_network(config: Any) -> None:
+  """Checks the fields that the configs of all models share, where they exist.
+
+  Args:
+    config: The `Config` of a method file.
+
+  Raises:
+    UserError: If there is no task or one twice, a size is not positive, a rate
+      is not in [0, 1), or the type of the computation is unknown.
+  """
+  tasks = config.tasks
+  if not tasks or len(set(tasks)) < len(tasks):
+    raise UserError(
+      f"model.tasks must name at least one label, each once, got {tasks!r}"
+    )
+  for name, least in _LEAST.items():
+    value = getattr(config, name, least)
+    for number in value if isinstance(value, tuple) else (value,):
+      if not least <= number < math.inf:
+        raise UserError(f"model.{name} must be at least {least}, got {value}")
+  for name in ("mlp_ratio", "embed_init_scale"):
+    if not 0 < getattr(config, name, 1.0) < math.inf:
+      raise UserError(
+        f"model.{name} must be above 0 and finite, got {getattr(config, name)}"
+      )
+  if not 0 <= config.dropout_rate < 1:
+    raise UserError(
+      f"model.dropout_rate must lie in [0, 1), got {config.dropout_rate}"
+    )
+  if config.dtype not in _DTYPES:
+    raise UserError(
+      f"unknown model.dtype {config.dtype!r}" + suggest(config.dtype, _DTYPES)
+    )
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

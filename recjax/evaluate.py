@@ -1,10 +1,11 @@
 """Predictions of a whole split and their metrics."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from recjax import losses
@@ -96,7 +97,7 @@ def evaluate(
   for task, scores in output["predictions"].items():
     labels, mask = output["labels"][task], output["label_mask"][task]
     if task in real:
-      scores = np.asarray(losses.symexp(scores))
+      scores = np.asarray(losses.symexp(jnp.asarray(scores)))
       values = summary.summarize_real(scores, labels, mask=mask)
     else:
       values = summary.summarize(
@@ -108,8 +109,25 @@ def evaluate(
     examples["group"] = output["groups"]["group"]
   summarize = getattr(method.module, "diagnostics", None)
   if summarize is not None:
-    metrics |= {f"{split}/{k}": v for k, v in summarize(counters).items()}
+    values = summarize(counters)
+    metrics |= {f"{split}/{k}": float(v) for k, v in values.items()}
   return Evaluation(metrics, examples, counters)
+
+
+def metric_names(method: Method, split: str) -> list[str]:
+  """Names that `evaluate` will measure, but for the method's diagnostics."""
+  pair, roles = np.array([0.0, 1.0]), method.schema.roles
+  columns = {"group": roles.group or roles.user, "query": roles.query}
+  groups = {k: np.zeros(2, np.int32) for k, column in columns.items() if column}
+  names = {
+    "binary": summary.summarize(pair, pair, groups=groups),
+    "real": summary.summarize_real(pair, pair),
+  }
+  return [
+    f"{split}/{task}/{name}"
+    for task in method.config.tasks
+    for name in names[method.schema.label(task).kind]
+  ]
 
 
 def diagnostics(evaluation: Evaluation, method: Method) -> dict[str, Any]:
@@ -130,7 +148,7 @@ def diagnostics(evaluation: Evaluation, method: Method) -> dict[str, Any]:
   usage = {
     name: np.asarray(counts["hits"]).tolist()
     for name, counts in evaluation.counters.items()
-    if "hits" in counts
+    if isinstance(counts, Mapping) and "hits" in counts
   }
   return {"reliability": reliability, "slot_usage": usage}
 

@@ -221,6 +221,11 @@ def load(name: str, config: Mapping[str, Any], schema: Schema) -> Method:
   built = config_lib.build(module.Config, config, "config.model")
   for task in built.tasks:
     schema.label(task)
+  if not schema.id_features:
+    raise UserError(
+      f"model {name!r} needs an id: the data has no sparse or sequence "
+      "feature; add one to its schema"
+    )
   return Method(name=name, module=module, config=built, schema=schema)
 
 

@@ -85,8 +85,19 @@ class Config:
       ("optimizer", self.learning_rate),
       ("optimizer.sparse", self.sparse.learning_rate),
     ):
-      if not rate > 0:
-        raise UserError(f"{name}.learning_rate must be above 0, got {rate}")
+      if not 0 < rate < math.inf:
+        raise UserError(
+          f"{name}.learning_rate must be above 0 and finite, got {rate}"
+        )
+    for name, block in (("", self), ("sparse.", self.sparse)):
+      _check_number(f"{name}weight_decay", block.weight_decay)
+      if block.clip_norm is not None and not block.clip_norm > 0:
+        raise UserError(
+          f"optimizer.{name}clip_norm must be above 0, or None for no limit, "
+          f"got {block.clip_norm}"
+        )
+    for name in ("warmup_steps", "warmup_from"):
+      _check_number(name, getattr(self, name))
     for rule in self.scale_rules:
       _parse_rule(rule)
     make_row_optimizer(self.sparse.name)
@@ -201,6 +212,13 @@ def _parse_rule(rule: str) -> tuple[str, float]:
       f"optimizer.scale_rules: {rule!r} is not of the form regex=factor "
       f"({error}); write for example 'heads/.*=0.1'"
     ) from error
+
+
+def _check_number(name: str, value: float | int):
+  if not 0 <= value < math.inf:
+    raise UserError(
+      f"optimizer.{name} must be a finite number from 0, got {value}"
+    )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]):

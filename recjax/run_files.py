@@ -40,8 +40,11 @@ def check_blocks(config: Mapping[str, Any]) -> dict[str, Any]:
   if "name" not in config["data"]:
     raise UserError("config.data.name is missing; set it, for example to table")
   seed = config.setdefault("seed", 0)
-  if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-    raise UserError(f"config.seed must be a whole number from 0, got {seed!r}")
+  # JAX would take a larger one modulo 2 ** 32.
+  if type(seed) is not int or not 0 <= seed < 2**32:
+    raise UserError(
+      f"config.seed must be a whole number from 0 to {2**32 - 1}, got {seed!r}"
+    )
   return config
 
 
@@ -49,21 +52,9 @@ def claim_workdir(
   workdir: pathlib.Path, config: dict[str, Any], commit: str | None
 ) -> None:
   """Writes `config.json`, or checks that the workdir's run has this config."""
+  check_workdir(workdir, config)
   path = workdir / "config.json"
   if path.exists():
-    before = json.loads(path.read_text())
-    before.pop("commit", None)
-    if before != config:
-      lines = lambda c: json.dumps(c, indent=1, sort_keys=True).split("\n")  # noqa: E731
-      changed = [
-        " ".join(line.split())
-        for line in difflib.ndiff(lines(before), lines(config))
-        if line[0] in "+-"
-      ]
-      raise UserError(
-        f"{workdir}: holds a run with another config "
-        f"({'; '.join(changed[:4])}); use another --workdir"
-      )
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -73,6 +64,35 @@ def claim_workdir(
     ) from error
   if jax.process_index() == 0:
     write_json(path, {**config, "commit": commit or git_commit()})
+
+
+def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+  """Raises a `UserError` if the workdir holds a run with another config."""
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  # A run may go on in another place; see `recjax.checkpoint`.
+  before, config = (
+    {key: c[key] for key in c if key not in ("commit", "parallel")}
+    for c in (_read_json(path, "model_name"), config)
+  )
+  if before != config:
+    lines = lambda c: json.dumps(c, indent=1, sort_keys=True).split("\n")  # noqa: E731
+    changed = [
+      " ".join(line.split())
+      for line in difflib.ndiff(lines(before), lines(config))
+      if line[0] in "+-"
+    ]
+    raise UserError(
+      f"{workdir}: holds a run with another config "
+      f"({'; '.join(changed[:4])}); use another --workdir"
+    )
+
+
+def read_result(workdir: pathlib.Path) -> dict[str, Any] | None:
+  """What `result.json` holds; None before the end of a run."""
+  path = workdir / "result.json"
+  return _read_json(path, "metrics") if path.exists() else None
 
 
 def write_result(
@@ -163,6 +183,20 @@ def _shapes(method: Method):
     return params, tables, reads
 
   return jax.eval_shape(build, jax.random.key(0))
+
+
+def _read_json(path: pathlib.Path, key: str) -> dict[str, Any]:
+  """An object that holds `key`, as every such file of a run does."""
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError:
+    content = None
+  if not isinstance(content, dict) or key not in content:
+    raise UserError(
+      f"{path}: is no JSON object with the key {key!r}, so it is damaged or "
+      "not of a run; delete it or use another --workdir"
+    )
+  return content
 
 
 def _plain(value: Any):

@@ -221,12 +221,18 @@ class Schema:
     labels = tuple(
       _read_label(name, entry, where) for name, entry in data["labels"].items()
     )
+    sizes = data.get("vocab_sizes", {})
+    if not isinstance(sizes, Mapping):
+      raise UserError(
+        f'{where}: "vocab_sizes" must be an object, got {sizes!r}; leave it '
+        "out: preparing the data fills it in"
+      )
     schema = cls(
       features=features,
       labels=labels,
       roles=_read_struct(Roles, data.get("roles", {}), f"{where}: roles"),
       split=_read_struct(Split, data.get("split", {}), f"{where}: split"),
-      vocab_sizes=dict(data.get("vocab_sizes", {})),
+      vocab_sizes=dict(sizes),
     )
     _check(schema, where)
     return schema
@@ -234,8 +240,8 @@ class Schema:
   @classmethod
   def from_file(cls, path: epath.PathLike):
     """Reads a schema file; every mistake is a `UserError` that names it."""
-    path = epath.Path(path)
-    if not path.exists():
+    path = epath.Path(path).expanduser()
+    if not path.is_file():
       raise UserError(f"{path}: no such schema file; give its path")
     try:
       data = json.loads(path.read_text())
@@ -358,6 +364,11 @@ def _check(schema: Schema, where: str):
           f"{target!r}, which is no sparse feature" + suggest(target, sparse)
         )
   if schema.roles.scenario is not None:
+    if schema.roles.scenario not in names:
+      raise UserError(
+        f"{where}: roles: scenario {schema.roles.scenario!r} is no feature"
+        + suggest(schema.roles.scenario, names)
+      )
     feature = schema.feature(schema.roles.scenario)
     if feature.kind != "sparse" or feature.multi:
       raise UserError(
@@ -369,6 +380,10 @@ def _check(schema: Schema, where: str):
     raise UserError(
       f"{where}: split: unknown rule {split.by!r}"
       + suggest(split.by, SPLIT_RULES)
+    )
+  if not 0 <= split.seed < 2**63:
+    raise UserError(
+      f"{where}: split: seed must be from 0 to {2**63 - 1}, got {split.seed}"
     )
   if split.by in ("time", "column") and split.column is None:
     raise UserError(f'{where}: split by {split.by} needs "column"')

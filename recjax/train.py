@@ -10,7 +10,6 @@ as if it had never stopped, timings apart.
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import signal
@@ -32,7 +31,7 @@ from recjax.checkpoint import Checkpoints
 from recjax.data.pipeline import make_loader, open_dataset, steps_per_epoch
 from recjax.errors import UserError
 from recjax.schema import suggest
-from recjax.writer import Progress, Writer
+from recjax.writer import METRICS_FILE, Progress, Writer, read_lines
 
 # Metrics of which less is better; of all others more is.
 LOWER_IS_BETTER = ("logloss", "ne", "ece", "mae", "rmse", "loss")
@@ -77,9 +76,23 @@ class Config:
       raise UserError(
         f"train.non_finite must be 'stop' or 'skip', got {self.non_finite!r}"
       )
-    for name in ("batch_size", "eval_batch_size", "log_every_steps"):
+    for name in (
+      "batch_size",
+      "eval_batch_size",
+      "log_every_steps",
+      "keep_checkpoints",
+    ):
       if getattr(self, name) < 1:
         raise UserError(f"train.{name} must be at least 1")
+    for name in (
+      "num_epochs",
+      "num_train_steps",
+      "eval_every_steps",
+      "checkpoint_every_steps",
+      "early_stop_patience",
+    ):
+      if getattr(self, name) < 0:
+        raise UserError(f"train.{name} must be at least 0")
     if self.num_epochs < 1 and self.num_train_steps < 1:
       raise UserError(
         "train.num_epochs and train.num_train_steps are both 0; set one"
@@ -144,13 +157,16 @@ class Trainer:
           f"train.{name} ({getattr(self.train, name)}) must be a multiple of "
           f"the {self.placement.num_data} devices of parallel.data"
         )
-    run_files.claim_workdir(self.workdir, self.config, commit)
+    run_files.check_workdir(self.workdir, self.config)
     self.columns = open_dataset(self.config["data"])
     self.method = method_lib.load(
       self.config["model_name"], self.config["model"], self.columns.schema
     )
     self.seed = self.config["seed"]
     self.monitor = self.train.monitor or self._default_monitor()
+    self._check_monitor()
+    # Not before all else is right: a mistake must not take the workdir.
+    run_files.claim_workdir(self.workdir, self.config, commit)
     self.history = History()
     self.speed = _Speed()
     self._predict = self.placement.compile_eval(
@@ -159,9 +175,10 @@ class Trainer:
 
   def run(self) -> dict[str, Any] | None:
     """Trains from the newest checkpoint, or the start, to the result."""
-    if (self.workdir / "result.json").exists():
+    result = run_files.read_result(self.workdir)
+    if result is not None:
       logging.info("%s is complete; nothing to do.", self.workdir)
-      return json.loads((self.workdir / "result.json").read_text())
+      return result
     checkpoints = Checkpoints(self.workdir, keep=self.train.keep_checkpoints)
     with contextlib.closing(checkpoints), _termination() as terminated:
       state, loader = self._start(checkpoints)
@@ -234,16 +251,15 @@ class Trainer:
           self._take(pending, step)
           pending = None
           self._log(writer, step)
-        value = None
         if at_eval:
           self.speed.stop()
           value = self._validate(state, writer, step)
           self._compare(value, step, is_last=step == end)
         if at_save:
-          self._save(checkpoints, step, state, loader, value)
+          self._save(checkpoints, step, state, loader)
     self._take(pending, step)
     if not self.history.stage_done:
-      self._save(checkpoints, step, state, loader, None)
+      self._save(checkpoints, step, state, loader)
       logging.info("Stopped by a signal at step %d; run again to go on.", step)
     return state
 
@@ -262,7 +278,10 @@ class Trainer:
     if best_step is not None and best_step != last_step:
       state = self._restore(checkpoints, best_step, state)
     evaluation = self._evaluate(state, "test")
-    writer.write_scalars(last_step, evaluation.metrics)
+    # A run that was killed just here has written this line before.
+    lines = read_lines(self.workdir / METRICS_FILE)
+    if not any(k.startswith("test/") for line in lines[-1:] for k in line):
+      writer.write_scalars(last_step, evaluation.metrics)
     metrics = dict(evaluation.metrics)
     if self.history.best_value is not None:
       metrics[self.monitor] = self.history.best_value
@@ -305,8 +324,9 @@ class Trainer:
   def _compare(self, value: float, step: int, *, is_last: bool):
     """Notes the best value; ends the stage when it is over or stalled."""
     history = self.history
-    sign = self._sign
-    if history.best_value is None or sign * value > sign * history.best_value:
+    best, sign = history.best_value, self._sign
+    # Comparisons with NaN are false: a value that is not defined never wins.
+    if sign * value > (-math.inf if best is None else sign * best):
       history.best_value, history.best_step = value, step
       history.bad_evals = 0
     else:
@@ -345,7 +365,7 @@ class Trainer:
     )
     self.history.window = {}
 
-  def _save(self, checkpoints: Checkpoints, step: int, state, loader, value):
+  def _save(self, checkpoints: Checkpoints, step: int, state, loader):
     self.speed.stop()
     record = {
       "history": dataclasses.asdict(self.history),
@@ -355,7 +375,7 @@ class Trainer:
       step,
       self.placement.canonical(state),
       record,
-      monitor=None if value is None else self._sign * value,
+      best_step=self.history.best_step,
     )
 
   def _restore(self, checkpoints: Checkpoints, step: int, state):
@@ -403,6 +423,22 @@ class Trainer:
     task = self.method.config.tasks[0]
     is_real = self.columns.schema.label(task).kind == "real"
     return f"valid/{task}/" + ("rmse" if is_real else "auc")
+
+  def _check_monitor(self):
+    """Raises if no evaluation can measure it, as far as is known by now."""
+    names = evaluate_lib.metric_names(self.method, "valid")
+    split, _, name = self.monitor.partition("/")
+    # A method's own diagnostics are known once they are measured.
+    may_be_own = (
+      hasattr(self.method.module, "diagnostics")
+      and split == "valid"
+      and name.partition("/")[0] not in self.method.config.tasks
+    )
+    if self.monitor not in names and not may_be_own:
+      raise UserError(
+        f"train.monitor {self.monitor!r} is not measured"
+        + suggest(self.monitor, names)
+      )
 
   def _block(self, name: str, kind):
     return config_lib.build(kind, self.config[name], f"config.{name}")

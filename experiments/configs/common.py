@@ -2,6 +2,9 @@
 
 import ml_collections
 
+from recjax.errors import UserError
+from recjax.schema import suggest
+
 SIZES = ("tiny", "base", "paper")
 
 
@@ -12,11 +15,11 @@ def kuairand(model_name: str, size: str) -> ml_collections.ConfigDict:
   epochs and early stop.
   """
   if size not in SIZES:
-    raise ValueError(f"unknown size {size!r}; one of {', '.join(SIZES)}")
+    raise UserError(f"unknown size {size!r} of a recipe" + suggest(size, SIZES))
   config = ml_collections.ConfigDict()
   config.model_name = model_name
   config.seed = 0
-  config.data = dict(name="kuairand", root="")
+  config.data = dict(name="kuairand")
   config.optimizer = dict(
     name="adamw",
     learning_rate=1e-3,
@@ -36,7 +39,6 @@ def kuairand(model_name: str, size: str) -> ml_collections.ConfigDict:
     log_every_steps=40,
     checkpoint_every_steps=0,
     early_stop_patience=3,
-    monitor="valid/click/auc",
     non_finite="stop",
   )
   config.parallel = dict(mode="mesh", data=1, model=1)

@@ -31,4 +31,4 @@ def get_config(size: str = "base"):
       dropout_rate=0.0,
       dtype="bfloat16",
     )
-  return config.lock()
+  return config

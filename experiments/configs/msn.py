@@ -59,4 +59,4 @@ def get_config(size: str = "base"):
     )
     config.model.memory.update(num_keys=256, key_dim=64, top_k=32)
     config.optimizer.update(warmup_steps=50_000)
-  return config.lock()
+  return config

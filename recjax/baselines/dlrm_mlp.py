@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from recjax import config as config_lib
 from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
@@ -55,6 +56,7 @@ class Config:
   dtype: str = "float32"
 
   def __post_init__(self):
+    config_lib.check_network(self)
     if self.interaction not in ("none", "dot"):
       raise UserError(
         f"model.interaction must be 'none' or 'dot', got {self.interaction!r}"

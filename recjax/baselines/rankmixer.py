@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from recjax import config as config_lib
 from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
@@ -64,6 +65,7 @@ class Config:
   dtype: str = "float32"
 
   def __post_init__(self):
+    config_lib.check_network(self)
     check_token_dim(self.num_tokens, self.token_dim)
 
 

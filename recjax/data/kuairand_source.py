@@ -130,7 +130,7 @@ def find_sources(root: str, variant: str) -> Sources:
       videos=(folder / "video_features_basic_pure.parquet",),
       history=(folder / "user_history_until_4_24.parquet",),
     )
-  folder = pathlib.Path(root)
+  folder = pathlib.Path(root).expanduser()
   if not folder.is_dir():
     raise UserError(
       f"data.root: {folder} is no folder; give the KuaiRand folder that holds "

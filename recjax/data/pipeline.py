@@ -62,6 +62,7 @@ def open_dataset(config: Mapping[str, Any]) -> Columns:
   fields = dict(config)
   name = fields.pop("name", None)
   cache_dir = pathlib.Path(fields.pop("cache_dir", None) or _default_cache())
+  cache_dir = cache_dir.expanduser()
   adapter = _adapter(name)
   options = _read_options(adapter.Config, name, fields)
   sources = [pathlib.Path(path) for path in adapter.sources(options)]

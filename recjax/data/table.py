@@ -61,7 +61,8 @@ class Config:
 
 def sources(config: Config) -> list[pathlib.Path]:
   """The files that the prepared data depends on."""
-  return [*Source(config.path).files, pathlib.Path(config.schema)]
+  schema = pathlib.Path(config.schema).expanduser()
+  return [*Source(config.path).files, schema]
 
 
 def estimate_bytes(config: Config) -> int:

@@ -118,7 +118,7 @@ class Source:
   """
 
   def __init__(self, path: str):
-    self.files = _find_files(pathlib.Path(path))
+    self.files = _find_files(pathlib.Path(path).expanduser())
     self.is_csv = self.files[0].suffix == ".csv"
 
   def schema(self, path: pathlib.Path) -> pa.Schema:

@@ -103,6 +103,10 @@ class MeshPlacement:
       out_shardings=(self.shardings(state), self.replicated),
     )
 
+  def eval_state(self, state: Any) -> Any:
+    """The state as `compile_eval` takes it; once an evaluation."""
+    return state
+
   def compile_eval(self, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn(state, batch)` whose outputs are whole on every device."""
     return jax.jit(fn, out_shardings=self.replicated)
@@ -172,12 +176,14 @@ class PmapPlacement:
       donate_argnums=0,
     )
 
+  def eval_state(self, state: Any) -> Any:
+    """The state as `compile_eval` takes it: the first replica's."""
+    return jax.device_put(self.canonical(state))
+
   def compile_eval(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn(state, batch)` on the first replica."""
+    """`fn(eval_state, batch)` on the first device."""
     run = self._single.compile_eval(fn)
-    return lambda state, batch: run(
-      self.canonical(state), self._single.put_batch(_join(batch))
-    )
+    return lambda state, batch: run(state, self._single.put_batch(_join(batch)))
 
   def put_batch(self, batch: Batch) -> Batch:
     """Gives every device its slice of the batch."""

@@ -313,7 +313,7 @@ class Trainer:
   def _evaluate(self, state, split: str) -> evaluate_lib.Evaluation:
     return evaluate_lib.evaluate(
       self._predict,
-      state,
+      self.placement.eval_state(state),
       self.method,
       self.columns,
       split,

@@ -97,6 +97,23 @@ recjax.train.Trainer.run = fail
       outcome, "/disk/metrics.jsonl: No space left.*make room", num_notes=2
     )
 
+  @parameterized.parameters(("Event loop is closed", 0), ("mine", 1))
+  def test_what_follows_from_a_failed_read_is_not_told(self, text, count):
+    outcome = self.train(
+      *self.write_table(),
+      setup=f"""
+class Late:
+  def __del__(self):
+    raise RuntimeError({text!r})
+def fail(self):
+  Late()
+  raise recjax.train.UserError("damaged")
+recjax.train.Trainer.run = fail
+""",
+    )
+    self.assertEqual(outcome.code, 2)
+    self.assertEqual(outcome.stderr.count("Traceback"), count)
+
   def test_a_locked_recipe_takes_its_own_keys_only(self):
     path = self.directory / "mine.py"
     path.write_text(

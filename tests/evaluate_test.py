@@ -44,7 +44,7 @@ class EvaluateTest(run_case.RunTestCase):
     )
     return evaluate.evaluate(
       predict,
-      state,
+      placement.eval_state(state),
       self.method,
       self.columns,
       "test",

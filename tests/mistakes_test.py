@@ -125,6 +125,11 @@ class ConfigTest(command_case.CommandTestCase):
       b"def get_config():\n  return 1 / 0",
       "a.py, line 2: ZeroDivisionError: division by zero; correct the recipe",
     ),
+    many_lines=(
+      "{}/a.py",
+      b"def get_config():\n  raise ValueError('this\\n  is long')",
+      "a.py, line 2: ValueError: this is long; correct",
+    ),
     import_=("{}/a.py", b"import nothing_like", "line 1: ModuleNotFound"),
   )
   def test_recipe(self, path, content, message):

@@ -202,7 +202,9 @@ class PlacementTest(parameterized.TestCase):
       table = state.tables["embedding"]
       return {"labels": batch.labels["play_time"], "sum": table.sum()}
 
-    out = placement.compile_eval(summarize)(state, placement.put_batch(batch))
+    out = placement.compile_eval(summarize)(
+      placement.eval_state(state), placement.put_batch(batch)
+    )
     np.testing.assert_array_equal(out["labels"], batch.labels["play_time"])
     np.testing.assert_allclose(
       out["sum"], initial("rankmixer").tables["embedding"].sum(), rtol=1e-4

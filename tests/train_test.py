@@ -165,6 +165,11 @@ def double_gradient(loss, variables):
 
 
 class StagesTest(run_case.RunTestCase):
+  @property
+  def whole(self):
+    """Where the run of BODY and HEAD lies that several tests read."""
+    return run_case.shared_directory() / "staged"
+
   def staged_config(self, *stages, **parts):
     """12 steps in two halves; all checkpoints stay."""
     self.module = run_case.make_method(STAGES=stages, **parts)
@@ -182,16 +187,16 @@ class StagesTest(run_case.RunTestCase):
 
   def test_what_is_frozen_stays_and_the_rest_moves(self):
     config = self.staged_config(BODY, HEAD)
-    self.run_once(config)
+    self.run_once(config, self.whole)
     params, tables = self.initial(config, jax.random.key(config["seed"]))
     for step in (4, 6):
-      state = self.state(step, config, stage=0)
+      state = self.state(step, config, self.whole, stage=0)
       chex.assert_trees_all_equal(state.params["heads"], params["heads"])
       self.assert_all_moved(state.params["hidden"], params["hidden"])
       self.assert_all_moved(state.tables, tables)
     border = state
     for step in (8, 12):
-      state = self.state(step, config, stage=1)
+      state = self.state(step, config, self.whole, stage=1)
       chex.assert_trees_all_equal(
         state.params["hidden"], border.params["hidden"]
       )
@@ -204,10 +209,10 @@ class StagesTest(run_case.RunTestCase):
       self.assertFalse(np.array_equal(a, b))
 
   def test_each_stage_has_its_own_loss_and_evaluations(self):
-    result = self.run_once(self.staged_config(BODY, HEAD))
+    result = self.run_once(self.staged_config(BODY, HEAD), self.whole)
     self.assertEqual(result["steps"], 12)
     self.assertGreater(result["best_step"], 6)
-    lines = self.lines()
+    lines = self.lines(self.whole)
     own = [line["step"] for line in lines if "train/penalty" in line]
     self.assertEqual(own, list(range(7, 13)))
     evaluated = [line["step"] for line in lines if "valid/click/auc" in line]
@@ -227,16 +232,16 @@ class StagesTest(run_case.RunTestCase):
 
   def test_a_run_goes_on_in_its_stage(self):
     config = self.staged_config(BODY, HEAD)
-    expected = self.run_once(config, "whole")
-    last = self.state(12, config, "whole", stage=1)
-    # In the first stage, at the border, and in the second.
-    for step in (5, 6, 9):
+    expected = self.run_once(config, self.whole)
+    last = self.state(12, config, self.whole, stage=1)
+    # At the border of the stages and in the second.
+    for step in (6, 9):
       with self.subTest(step):
         workdir = f"until_{step}"
         self.run_until(step, config, workdir)
         result = self.run_once(config, workdir)
         self.assertEqual(result["metrics"], expected["metrics"])
-        self.assertEqual(self.lines(workdir), self.lines("whole"))
+        self.assertEqual(self.lines(workdir), self.lines(self.whole))
         chex.assert_trees_all_equal(
           self.state(12, config, workdir, stage=1), last
         )
@@ -290,20 +295,21 @@ class NonFiniteTest(run_case.RunTestCase):
   def test_skips_and_counts(self):
     config = self.broken_config(
       non_finite="skip",
+      num_train_steps=9,
       checkpoint_every_steps=1,
       log_every_steps=1,
       keep_checkpoints=20,
     )
-    self.assertEqual(self.run_once(config)["steps"], 12)
+    self.assertEqual(self.run_once(config)["steps"], 9)
     skipped = {
       line["step"]: line["train/skipped"]
       for line in self.lines()
       if "train/skipped" in line
     }
-    self.assertEqual(skipped, {n: float(n == 8) for n in range(1, 13)})
-    before, after, last = (self.state(n, config) for n in (7, 8, 12))
+    self.assertEqual(skipped, {n: float(n == 8) for n in range(1, 10)})
+    before, after, last = (self.state(n, config) for n in (7, 8, 9))
     self.assertEqual([after.step, after.num_skipped], [8, 1])
-    self.assertEqual([last.step, last.num_skipped], [12, 1])
+    self.assertEqual([last.step, last.num_skipped], [9, 1])
     chex.assert_trees_all_equal(
       before.replace(step=after.step, num_skipped=after.num_skipped), after
     )
@@ -410,26 +416,28 @@ class EvaluatedStateTest(run_case.RunTestCase):
 
   def test_test_metrics_are_those_of_the_average_at_the_best_step(self):
     config = resumed_config()
-    result = self.run_once(config)
+    workdir = run_case.shared_directory() / "undisturbed"
+    result = self.run_once(config, workdir)
     actual = result["metrics"]["test/click/auc"]
     best, last = result["best_step"], result["steps"]
     self.assertLess(best, last)
     self.assertAlmostEqual(
-      actual, self.auc(config, best, "run", params="ema_params"), places=6
+      actual, self.auc(config, best, workdir, params="ema_params"), places=6
     )
     for step, params in ((last, "ema_params"), (best, "params")):
-      other = self.auc(config, step, "run", params=params)
+      other = self.auc(config, step, workdir, params=params)
       self.assertNotAlmostEqual(actual, other, places=4)
 
   def test_the_average_follows_its_recurrence(self):
     config = run_case.make_config(
       optimizer__ema_decay=0.4,
+      train__num_train_steps=6,
       train__checkpoint_every_steps=1,
       train__keep_checkpoints=20,
     )
     self.run_once(config)
     average = self.state(1, config).ema_params
-    for step in range(2, 13):
+    for step in range(2, 7):
       state = self.state(step, config)
       decay = min(0.4, step / (9 + step))
       average = jax.tree.map(
@@ -438,7 +446,9 @@ class EvaluatedStateTest(run_case.RunTestCase):
     chex.assert_trees_all_close(state.ema_params, average, rtol=1e-5, atol=1e-6)
 
   def test_bfloat16_comes_near_float32(self):
-    config = run_case.make_config(model__dropout_rate=0.0)
+    config = run_case.make_config(
+      model__dropout_rate=0.0, train__num_train_steps=4
+    )
     exact = self.run_once(config, "float32")
     config = run_case.changed(config, model={"dtype": "bfloat16"})
     result = self.run_once(config, "bfloat16")
@@ -449,7 +459,7 @@ class EvaluatedStateTest(run_case.RunTestCase):
     )
     with np.load(self.directory / "bfloat16" / "predictions.npz") as file:
       self.assertEqual(file["click/score"].dtype, np.float32)
-    state = self.state(12, config, "bfloat16")
+    state = self.state(4, config, "bfloat16")
     for leaf in jax.tree.leaves(state.params):
       self.assertEqual(leaf.dtype, np.float32)
 

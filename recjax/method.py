@@ -217,8 +217,7 @@ def load(name: str, config: Mapping[str, Any], schema: Schema) -> Method:
     UserError: If there is no such file, a key is unknown, or a task is no
       label of the data.
   """
-  module = find_module(name)
-  built = config_lib.build(module.Config, config, "config.model")
+  module, built = load_config(name, config)
   for task in built.tasks:
     schema.label(task)
   if not schema.id_features:
@@ -227,6 +226,14 @@ def load(name: str, config: Mapping[str, Any], schema: Schema) -> Method:
       "feature; add one to its schema"
     )
   return Method(name=name, module=module, config=built, schema=schema)
+
+
+def load_config(
+  name: str, config: Mapping[str, Any]
+) -> tuple[types.ModuleType | types.SimpleNamespace, Any]:
+  """The method file `name` and its checked config; needs no data."""
+  module = find_module(name)
+  return module, config_lib.build(module.Config, config, "config.model")
 
 
 def find_module(name: str) -> types.ModuleType:

@@ -158,6 +158,8 @@ class Trainer:
           f"the {self.placement.num_data} devices of parallel.data"
         )
     run_files.check_workdir(self.workdir, self.config)
+    # Before the data, which may take minutes to prepare.
+    method_lib.load_config(self.config["model_name"], self.config["model"])
     self.columns = open_dataset(self.config["data"])
     self.method = method_lib.load(
       self.config["model_name"], self.config["model"], self.columns.schema

@@ -164,9 +164,7 @@ class StepTest(parameterized.TestCase):
       }
       return (summed, sparse["params"]), dense
 
-    (summed, params), (dense_tables, dense_params) = _quick_jit(both)(
-      state, batch
-    )
+    (summed, params), (dense_tables, dense_params) = jax.jit(both)(state, batch)
     self.assertEqual(set(summed), set(config.method.tables))
     for name, (ids, grads) in summed.items():
       inside = np.asarray(ids) < dense_tables[name].shape[0]
@@ -255,19 +253,8 @@ def _step(config):
 
 @functools.cache
 def _small_step(name):
-  return _quick_jit(
-    functools.partial(train_state.train_step, config=_config(name))
-  )
-
-
-def _quick_jit(fn):
-  """A `jit` that spends little on optimising the machine code."""
   return jax.jit(
-    fn,
-    compiler_options={
-      "xla_backend_optimization_level": 0,
-      "xla_llvm_disable_expensive_passes": True,
-    },
+    functools.partial(train_state.train_step, config=_config(name))
   )
 
 

@@ -159,7 +159,8 @@ class SumDuplicatesTest(parameterized.TestCase):
   @settings(max_examples=60, deadline=None, derandomize=True)
   @given(
     num_reads=st.sampled_from((1, 2, 9)),
-    num_rows=st.sampled_from((1, 3, 64)),
+    # Few rows a read are counted, many are sorted.
+    num_rows=st.sampled_from((1, 3, 64, 80)),
     dim=st.sampled_from((1, 2)),
     seed=st.integers(0, 2**31),
   )
@@ -169,12 +170,18 @@ class SumDuplicatesTest(parameterized.TestCase):
     grads = rng.normal(size=(num_reads, dim)).astype(np.float32)
     self._check(ids, grads, num_rows)
 
-  @parameterized.parameters(
-    ([4] * 6,), ([-1, 8, 9, 1 << 30, -(1 << 31), 8],), ([7, 6, 5, 0, 1, 2],)
+  @parameterized.product(
+    num_rows=(8, 1000),
+    ids=(
+      [4] * 6,
+      [5, 2, 5, 2, 5, 0],
+      [-1, 1000, 1001, 1 << 30, -(1 << 31), 1000],
+      [7, 6, 5, 0, 1, 2],
+    ),
   )
-  def test_all_duplicates_all_out_of_range_all_distinct(self, ids):
+  def test_all_duplicates_all_out_of_range_all_distinct(self, num_rows, ids):
     grads = np.arange(12, dtype=np.float32).reshape(6, 2)
-    self._check(np.array(ids, np.int32), grads, num_rows=8)
+    self._check(np.array(ids, np.int32), grads, num_rows)
 
   def _check(self, ids, grads, num_rows):
     unique, summed = _sum_duplicates(ids, grads, num_rows=num_rows)

@@ -339,7 +339,8 @@ class OpenDatasetTest(parameterized.TestCase):
       self.open(**options)
 
   def test_good_options_of_all_types(self):
-    self.open(share=1, tags=("a",))
+    columns = self.open(share=1, tags=("a",))
+    self.assertEqual(columns.num_rows["train"], 5)
 
   def test_missing_option(self):
     with self.assertRaisesRegex(UserError, "data.source: .* needs"):

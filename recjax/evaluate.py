@@ -1,7 +1,8 @@
 """Predictions of a whole split and their metrics."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,10 @@ from recjax.data.pipeline import make_loader
 from recjax.method import Method
 from recjax.metrics import calibration, summary
 from recjax.train_state import TrainState
+
+# Batches computed at a time. XLA runs parts of a program, its top-k among
+# them, on one core of a CPU; a second program fills the others.
+IN_FLIGHT = 2
 
 
 @dataclasses.dataclass
@@ -85,8 +90,7 @@ def evaluate(
     process_count=jax.process_count(),
   )
   parts, counters = [], None
-  for batch in loader:
-    output = jax.device_get(predict(state, put_batch(batch)))
+  for output in _outputs(predict, state, map(put_batch, loader)):
     counters = _add(counters, output.pop("counters"))
     valid = output.pop("example_mask")
     parts.append(jax.tree.map(lambda x, keep=valid: x[keep], output))
@@ -151,6 +155,21 @@ def diagnostics(evaluation: Evaluation, method: Method) -> dict[str, Any]:
     if isinstance(counts, Mapping) and "hits" in counts
   }
   return {"reliability": reliability, "slot_usage": usage}
+
+
+def _outputs(
+  predict: Callable[[TrainState, Batch], dict[str, Any]],
+  state: TrainState,
+  batches: Iterable[Batch],
+) -> Iterator[dict[str, Any]]:
+  """Predictions on the host, in order; the next are computed meanwhile."""
+  running = collections.deque()
+  for batch in batches:
+    running.append(predict(state, batch))
+    if len(running) == IN_FLIGHT:
+      yield jax.device_get(running.popleft())
+  while running:
+    yield jax.device_get(running.popleft())
 
 
 def _add(total, new):

@@ -25,16 +25,14 @@ from absl import logging
 from recjax import config as config_lib
 from recjax import evaluate as evaluate_lib
 from recjax import method as method_lib
+from recjax import monitor, parallel, run_files, train_state
 from recjax import optimizer as optimizer_lib
-from recjax import parallel, run_files, train_state
 from recjax.checkpoint import Checkpoints
 from recjax.data.pipeline import make_loader, open_dataset, steps_per_epoch
 from recjax.errors import UserError
+from recjax.monitor import History
 from recjax.schema import suggest
 from recjax.writer import METRICS_FILE, Progress, Writer, read_lines
-
-# Metrics of which less is better; of all others more is.
-LOWER_IS_BETTER = ("logloss", "ne", "ece", "mae", "rmse", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,29 +97,6 @@ class Config:
       )
 
 
-@dataclasses.dataclass
-class History:
-  """What the loop must remember beside the state; saved as JSON.
-
-  Attributes:
-    stage: Index of the current stage.
-    stage_start: Step at which it began.
-    stage_done: Whether it has ended, by its length or an early stop.
-    best_value: Best value of the monitored metric in this stage.
-    best_step: Its step.
-    bad_evals: Evaluations since.
-    window: Training scalars since the last line: name -> [sum, weight].
-  """
-
-  stage: int = 0
-  stage_start: int = 0
-  stage_done: bool = False
-  best_value: float | None = None
-  best_step: int | None = None
-  bad_evals: int = 0
-  window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-
-
 def train_and_evaluate(
   config: Mapping[str, Any], workdir: str, *, commit: str | None = None
 ) -> dict[str, Any] | None:
@@ -165,8 +140,7 @@ class Trainer:
       self.config["model_name"], self.config["model"], self.columns.schema
     )
     self.seed = self.config["seed"]
-    self.monitor = self.train.monitor or self._default_monitor()
-    self._check_monitor()
+    self.monitor = monitor.resolve(self.train.monitor, self.method)
     # Not before all else is right: a mistake must not take the workdir.
     run_files.claim_workdir(self.workdir, self.config, commit)
     self.history = History()
@@ -256,7 +230,16 @@ class Trainer:
         if at_eval:
           self.speed.stop()
           value = self._validate(state, writer, step)
-          self._compare(value, step, is_last=step == end)
+          history = self.history
+          history.take(
+            value,
+            step,
+            is_better=monitor.is_better(
+              self.monitor, value, history.best_value
+            ),
+            patience=train.early_stop_patience,
+          )
+          history.stage_done |= step == end
         if at_save:
           self._save(checkpoints, step, state, loader)
     self._take(pending, step)
@@ -322,19 +305,6 @@ class Trainer:
       batch_size=self.train.eval_batch_size,
       put_batch=self.placement.put_batch,
     )
-
-  def _compare(self, value: float, step: int, *, is_last: bool):
-    """Notes the best value; ends the stage when it is over or stalled."""
-    history = self.history
-    best, sign = history.best_value, self._sign
-    # Comparisons with NaN are false: a value that is not defined never wins.
-    if sign * value > (-math.inf if best is None else sign * best):
-      history.best_value, history.best_step = value, step
-      history.bad_evals = 0
-    else:
-      history.bad_evals += 1
-    patience = self.train.early_stop_patience
-    history.stage_done = is_last or 0 < patience <= history.bad_evals
 
   def _take(self, scalars, step: int):
     """Adds the scalars of one step to the window; stops on a bad one."""
@@ -415,32 +385,6 @@ class Trainer:
   @property
   def _eval_every(self) -> int:
     return self.train.eval_every_steps or self._steps_per_epoch
-
-  @property
-  def _sign(self) -> float:
-    """-1 where less of the monitored metric is better."""
-    return -1.0 if self.monitor.rsplit("/")[-1] in LOWER_IS_BETTER else 1.0
-
-  def _default_monitor(self) -> str:
-    task = self.method.config.tasks[0]
-    is_real = self.columns.schema.label(task).kind == "real"
-    return f"valid/{task}/" + ("rmse" if is_real else "auc")
-
-  def _check_monitor(self):
-    """Raises if no evaluation can measure it, as far as is known by now."""
-    names = evaluate_lib.metric_names(self.method, "valid")
-    split, _, name = self.monitor.partition("/")
-    # A method's own diagnostics are known once they are measured.
-    may_be_own = (
-      hasattr(self.method.module, "diagnostics")
-      and split == "valid"
-      and name.partition("/")[0] not in self.method.config.tasks
-    )
-    if self.monitor not in names and not may_be_own:
-      raise UserError(
-        f"train.monitor {self.monitor!r} is not measured"
-        + suggest(self.monitor, names)
-      )
 
   def _block(self, name: str, kind):
     return config_lib.build(kind, self.config[name], f"config.{name}")

@@ -28,7 +28,7 @@ GROUPS = (
     "recjax.checkpoint",
     "recjax.writer",
   ),
-  ("recjax.evaluate", "recjax.run_files", "recjax.train"),
+  ("recjax.evaluate", "recjax.monitor", "recjax.run_files", "recjax.train"),
   (
     "recjax.figures",
     "recjax.comparison",

@@ -19,6 +19,8 @@ from recjax.batch import Batch
 
 # Physical rows are padded to this, so that rows divide over mesh axes.
 ROW_MULTIPLE = 64
+# Random numbers made at a time: their making takes several times their memory.
+MAX_INIT_SIZE = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +104,31 @@ def init_table(rng: Array, table: Table) -> Array:
   """Normal values of standard deviation `init_scale`, in the storage type.
 
   The rows that only pad the table are zeros, as a row out of range reads.
+  A large table is filled some columns at a time, and not some rows, so that
+  one whose rows are sharded is born sharded.
   """
-  values = table.init_scale * jax.random.normal(rng, table.shape)
-  row = jax.lax.broadcasted_iota(jnp.int32, table.shape, 0)
-  return to_storage(jnp.where(row < table.num_rows, values, 0.0), table)
+  num_rows, dim = table.shape
+  num_blocks = next(
+    n
+    for n in range(1, dim + 1)
+    if dim % n == 0 and (num_rows * dim <= n * MAX_INIT_SIZE or n == dim)
+  )
+  shape = (num_rows, dim // num_blocks)
+
+  def make_block(rng):
+    values = table.init_scale * jax.random.normal(rng, shape)
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return to_storage(jnp.where(row < table.num_rows, values, 0.0), table)
+
+  if num_blocks == 1:
+    return make_block(rng)
+
+  def fill(i, values):
+    block = make_block(jax.random.fold_in(rng, i))
+    return jax.lax.dynamic_update_slice(values, block, (0, i * shape[1]))
+
+  empty = jnp.zeros(table.shape, table.storage_dtype)
+  return jax.lax.fori_loop(0, num_blocks, fill, empty)
 
 
 def to_storage(rows: Float[Array, "*rows dim"], table: Table) -> Array:

@@ -1,9 +1,12 @@
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import toy
 from absl.testing import absltest, parameterized
 
+from recjax import parallel
 from recjax.sparse import table as table_lib
 from recjax.sparse.table import Table
 
@@ -38,6 +41,41 @@ class TableTest(parameterized.TestCase):
     np.testing.assert_allclose(values[:5000].mean(), 0.0, atol=0.01)
     np.testing.assert_array_equal(values[5000:], 0.0)
     self.assertGreater(np.abs(values[:5000]).min(axis=1).min(), 0.0)
+
+  def test_a_large_table_is_filled_in_parts(self):
+    table = Table(1000, 6, in_model=True, init_scale=0.3)
+    with mock.patch.object(table_lib, "MAX_INIT_SIZE", 2100):
+      values = np.asarray(table_lib.init_table(jax.random.key(0), table))
+    np.testing.assert_array_equal(values[1000:], 0.0)
+    # All parts are there, and no two are alike.
+    correlation = np.corrcoef(values[:1000].T)
+    np.testing.assert_allclose(correlation, np.eye(6), atol=0.15)
+    np.testing.assert_allclose(values[:1000].std(axis=0), 0.3, rtol=0.1)
+
+  def test_filling_takes_little_more_than_the_table(self):
+    table = Table(2**20, 128, in_model=True)
+    with mock.patch.object(table_lib, "MAX_INIT_SIZE", 2**22):
+      memory = self._compile_init(table, parallel.Config()).memory_analysis()
+    self.assertEqual(memory.output_size_in_bytes, 2**29)
+    self.assertLess(memory.temp_size_in_bytes, 2**28)
+
+  def test_a_sharded_table_is_filled_where_it_lives(self):
+    table = Table(2**20, 128, in_model=True)
+    config = parallel.Config(data=2, model=4)
+    with mock.patch.object(table_lib, "MAX_INIT_SIZE", 2**22):
+      compiled = self._compile_init(table, config)
+    self.assertNotIn("all-gather", compiled.as_text())
+    memory = compiled.memory_analysis()
+    self.assertEqual(memory.output_size_in_bytes, 2**27)
+    self.assertLess(memory.temp_size_in_bytes, 2**27)
+
+  def _compile_init(self, table, config):
+    mesh = parallel.make_mesh(config)
+    rows = jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(parallel.MODEL)
+    )
+    init = jax.jit(lambda k: table_lib.init_table(k, table), out_shardings=rows)
+    return init.lower(jax.random.key(0)).compile()
 
   @parameterized.parameters("float32", "bfloat16")
   def test_storage_round_trip(self, dtype):

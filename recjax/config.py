@@ -70,11 +70,12 @@ def build(struct: type[T], values: Any, where: str) -> T:
   return struct(**arguments)
 
 
-def check_network(config: Any) -> None:
+def check_network(config: Any, **least: int) -> None:
   """Checks the fields that the configs of all models share, where they exist.
 
   Args:
     config: The `Config` of a method file.
+    **least: Least values of sizes of its own; of a tuple, of each entry.
 
   Raises:
     UserError: If there is no task or one twice, a size is not positive, a rate
@@ -85,11 +86,11 @@ def check_network(config: Any) -> None:
     raise UserError(
       f"model.tasks must name at least one label, each once, got {tasks!r}"
     )
-  for name, least in _LEAST.items():
-    value = getattr(config, name, least)
+  for name, bound in {**_LEAST, **least}.items():
+    value = getattr(config, name, bound)
     for number in value if isinstance(value, tuple) else (value,):
-      if not least <= number < math.inf:
-        raise UserError(f"model.{name} must be at least {least}, got {value}")
+      if not bound <= number < math.inf:
+        raise UserError(f"model.{name} must be at least {bound}, got {value}")
   for name in ("mlp_ratio", "embed_init_scale"):
     if not 0 < getattr(config, name, 1.0) < math.inf:
       raise UserError(

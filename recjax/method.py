@@ -15,6 +15,10 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
   `jax.value_and_grad(loss, has_aux=True)(variables)` would.
 * Optional `diagnostics(counters) -> {name: number}`: sums that the model puts
   in `aux["counters"]`, added over an evaluation, turned into numbers to log.
+* Optional `idle_params(config) -> int`: dense parameters that an example does
+  not use, such as those of experts that it is not sent to.
+* Optional `fold(params, config) -> (params, config)`: what is served in their
+  place, with the same predictions.
 """
 
 import dataclasses
@@ -180,13 +184,17 @@ class Method:
   def zero_taps(
     self, params: Any, table_values: Mapping[str, Array], batch: Batch
   ) -> dict[str, Array]:
-    """Zeros in the shapes of the in-model reads of `batch`."""
+    """Zeros in the shapes of the in-model reads of a training step."""
     if not any(table.in_model for table in self.tables.values()):
       return {}
 
     def reads_of(params, table_values, batch):
       rows = self.read(table_values, batch)
-      return self.apply(params, table_values, rows, batch, train=False)[2]
+      rng = jax.random.key(0)
+      # A model may read more in training than when it serves.
+      return self.apply(params, table_values, rows, batch, train=True, rng=rng)[
+        2
+      ]
 
     reads = jax.eval_shape(reads_of, params, table_values, batch)
     in_model.check_reads(reads, self.tables)

@@ -126,7 +126,8 @@ def write_result(
 def count_params(method: Method) -> dict[str, int]:
   """Trained numbers: `dense`, `sparse` (tables), and `active`.
 
-  `active` are the dense ones and the table entries that one example reads.
+  `active` are the dense ones but those of idle experts, and the table entries
+  that one example reads.
   """
   params, _, reads = _shapes(method)
   dense = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -139,13 +140,16 @@ def count_params(method: Method) -> dict[str, int]:
   active += sum(
     entry["ids"].size * method.tables[name].dim for name, entry in reads.items()
   )
-  return {"dense": dense, "sparse": sparse, "active": dense + active}
+  idle_params = getattr(method.module, "idle_params", lambda config: 0)
+  active += dense - idle_params(method.config)
+  return {"dense": dense, "sparse": sparse, "active": active}
 
 
 def count_flops(method: Method, batch_size: int = 64) -> float:
   """Operations of one example's forward pass, 2 per multiply-add.
 
-  XLA's own count of the unoptimised program.
+  XLA's own count of the unoptimised program, which is what results record;
+  `recjax.flops.count_flops` counts without XLA and tells the modules apart.
   """
   params, tables, _ = _shapes(method)
   batch = jax.eval_shape(

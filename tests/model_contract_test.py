@@ -23,12 +23,47 @@ TASKS = ("click", "like", "play_time")
 RANKMIXER = {"embed_dim": 4, "num_tokens": 2, "token_dim": 8, "num_layers": 1}
 TINY = {
   "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
+  "dcnv2": {
+    "embed_dim": 4,
+    "mlp_dims": [8],
+    "low_rank": 3,
+    "num_experts": 2,
+    "expert_activation": "tanh",
+    "memory_layers": [0],
+    "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
+  },
+  "din": {"embed_dim": 4, "attention_dims": [6], "mlp_dims": [8]},
+  "wukong": {
+    "embed_dim": 4,
+    "num_layers": 1,
+    "num_fm": 3,
+    "num_linear": 2,
+    "fm_rank": 2,
+    "fm_mlp_dims": [6],
+    "dense_mlp_dims": [5],
+    "mlp_dims": [8],
+  },
   "rankmixer": RANKMIXER,
   "msn": RANKMIXER
   | {
     "memory_layers": [0],
     "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
   },
+}
+# Other forms of a method: name -> (method, overrides on top of its TINY).
+VARIANTS = {
+  "rankmixer_gated": ("rankmixer", {"ffn": "gated", "moe": {"gate_dim": 3}}),
+  "rankmixer_smoe": ("rankmixer", {"ffn": "smoe"}),
+  "rankmixer_relu_moe": ("rankmixer", {"ffn": "relu_moe"}),
+  "msn_smoe": ("msn", {"ffn": "smoe"}),
+  "msn_relu_moe": ("msn", {"ffn": "relu_moe"}),
+  "dlrm_mlp_memory": (
+    "dlrm_mlp",
+    {
+      "memory_layers": [0],
+      "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
+    },
+  ),
 }
 OPTIMIZER = optimizer_lib.Config(
   learning_rate=0.01,
@@ -43,8 +78,9 @@ class Case:
 
   def __init__(self, name, **overrides):
     self.name = name
-    config = {"tasks": TASKS, **TINY.get(name, {}), **overrides}
-    self.method = method_lib.load(name, config, toy.SCHEMA)
+    method, variant = VARIANTS.get(name, (name, {}))
+    config = {"tasks": TASKS, **TINY.get(method, {}), **variant, **overrides}
+    self.method = method_lib.load(method, config, toy.SCHEMA)
     self.config = self.step_config()
     self.init = jax.jit(lambda rng: train_state.init_state(rng, self.config))
     self.step = jax.jit(lambda s, b: train_state.train_step(s, b, self.config))
@@ -88,6 +124,8 @@ class Case:
 
 make_case = functools.cache(Case)
 MODELS = [{"testcase_name": f"_{n}", "name": n} for n in method_lib.names()]
+# What a variant can break. Its other promises are those of its method's code.
+ALL = MODELS + [{"testcase_name": f"_{n}", "name": n} for n in VARIANTS]
 
 
 def _scatter(reads, table):
@@ -102,7 +140,7 @@ def _permute(tree, order):
 
 
 class ModelContractTest(parameterized.TestCase):
-  @parameterized.named_parameters(MODELS)
+  @parameterized.named_parameters(ALL)
   def test_builds_without_data(self, name):
     method = make_case(name).method
     params, tables = jax.eval_shape(method.init, jax.random.key(0))
@@ -125,7 +163,7 @@ class ModelContractTest(parameterized.TestCase):
     eager = case.predict_eagerly(case.state, batch)
     chex.assert_trees_all_close(predictions, eager, rtol=1e-5, atol=1e-5)
 
-  @parameterized.named_parameters(MODELS)
+  @parameterized.named_parameters(ALL)
   def test_order_of_examples_does_not_matter(self, name):
     case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
     order = np.random.default_rng(0).permutation(batch.size)
@@ -134,7 +172,7 @@ class ModelContractTest(parameterized.TestCase):
     expected = first | {"predictions": _permute(first["predictions"], order)}
     chex.assert_trees_all_close(second, expected, rtol=1e-4, atol=1e-5)
 
-  @parameterized.named_parameters(MODELS)
+  @parameterized.named_parameters(ALL)
   def test_what_padding_holds_changes_nothing(self, name):
     case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
     other, valid = toy.make_batch(1), np.asarray(batch.example_mask)
@@ -154,7 +192,7 @@ class ModelContractTest(parameterized.TestCase):
       out["predictions"] = _permute(out["predictions"], valid)
     chex.assert_trees_all_close(first, second, rtol=1e-5, atol=1e-6)
 
-  @parameterized.named_parameters(MODELS)
+  @parameterized.named_parameters(ALL)
   def test_padding_changes_no_prediction_of_the_valid(self, name):
     case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
     short = _permute(batch, slice(batch.size - PADDING))
@@ -170,7 +208,7 @@ class ModelContractTest(parameterized.TestCase):
       if task in TASKS:
         self.assertEqual(weight, short.label_mask[task].sum())
 
-  @parameterized.named_parameters(MODELS)
+  @parameterized.named_parameters(ALL)
   def test_every_trained_path_has_a_gradient(self, name):
     case = make_case(name)
     out = case.evaluate(case.state, toy.make_batch())
@@ -181,7 +219,7 @@ class ModelContractTest(parameterized.TestCase):
     for table, grad in out["tables"].items():
       self.assertTrue(jnp.any(grad != 0), table)
 
-  @parameterized.named_parameters(MODELS)
+  @parameterized.named_parameters(ALL)
   def test_row_gradients_equal_those_of_whole_tables(self, name):
     case, batch = make_case(name), toy.make_batch()
     loss_fn, method = case.method.module.loss_fn, case.method
@@ -247,7 +285,7 @@ class ModelContractTest(parameterized.TestCase):
       np.testing.assert_array_equal(moved, touched, table)
       self.assertFalse(moved[case.method.tables[table].num_rows :].any())
 
-  @parameterized.named_parameters(MODELS)
+  @parameterized.named_parameters(ALL)
   def test_learns_toy_data_and_is_traced_once(self, name):
     case = make_case(name)
     batches = [toy.make_batch(seed, num_padding=seed) for seed in range(3)]

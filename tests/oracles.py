@@ -79,6 +79,51 @@ def per_token_ffn(params, x):
   return per_token_dense(params["down"], hidden)
 
 
+def gated_ffn(params, x):
+  """`FFN_t(x_t * tanh(V_t GELU(U_t x_t)))`."""
+  inner = gelu(per_token_dense(params["gate_down"], x))
+  gate = np.tanh(per_token_dense(params["gate_up"], inner))
+  return per_token_ffn(params["ffn"], x * gate)
+
+
+def experts(params, x, gates):
+  """`sum_e g_e FFN_{t,e}(x_t)`, one token, example and expert at a time."""
+  up, bias = params["up"]["kernel"], params["up"]["bias"]
+  output = np.zeros_like(x)
+  for t, b, e in np.ndindex(gates.shape):
+    down = params["down"][t, e]
+    part = slice(e * len(down), (e + 1) * len(down))
+    hidden = gelu(x[t, b] @ up[t][:, part] + bias[t, 0, part])
+    output[t, b] += gates[t, b, e] * (hidden @ down + params["down_bias"][t, e])
+  return output
+
+
+def top_k_gates(logits, top_k):
+  """Softmax over the `top_k` best of the last axis; zero elsewhere."""
+  gates = np.zeros_like(logits)
+  for index in np.ndindex(logits.shape[:-1]):
+    best = np.argsort(-logits[index], kind="stable")[:top_k]
+    gates[index][best] = softmax(logits[index][best])
+  return gates
+
+
+def relu_gates(params, x):
+  """`ReLU(W_t x_t + b_t)`."""
+  return np.maximum(per_token_dense(params, x), 0)
+
+
+def per_token_network(params, x, ffn, moe):
+  """The network of a served example that the words `ffn` and `moe` name."""
+  if ffn == "gated":
+    return gated_ffn(params, x)
+  if ffn == "smoe":
+    logits = per_token_dense(params["router"], x)
+    return experts(params["experts"], x, top_k_gates(logits, moe.top_k))
+  if ffn == "relu_moe":
+    return experts(params["experts"], x, relu_gates(params["h_infer"], x))
+  return per_token_ffn(params, x)
+
+
 def memory(params, values, x, config):
   """Product-key memory that looks at every one of the slots.
 

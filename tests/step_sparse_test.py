@@ -28,6 +28,21 @@ _MEMORY = dict(num_keys=4, key_dim=4, top_k=3)
 _MSN = dict(_TOKENS, memory_layers=(0,), memory=_MEMORY)
 MODELS = {
   "dlrm_mlp": ("dlrm_mlp", dict(mlp_dims=(4,))),
+  "dcnv2": (
+    "dcnv2",
+    dict(mlp_dims=(4,), low_rank=3, memory_layers=(0,), memory=_MEMORY),
+  ),
+  "din": ("din", dict(mlp_dims=(4,), attention_dims=(4,))),
+  "wukong": (
+    "wukong",
+    dict(
+      mlp_dims=(4,),
+      fm_mlp_dims=(4,),
+      num_fm=3,
+      num_linear=2,
+      dense_mlp_dims=(4,),
+    ),
+  ),
   "rankmixer": ("rankmixer", _TOKENS),
   "msn": ("msn", dict(_MSN, memory=dict(_MEMORY, num_heads=2))),
   "msn_per_sample": (
@@ -201,7 +216,9 @@ class StepTest(parameterized.TestCase):
           _changed(values, new.table_states[name][key]), expected
         )
 
-  @parameterized.parameters("rankmixer", "msn", "msn_per_sample")
+  @parameterized.parameters(
+    "rankmixer", "msn", "msn_per_sample", "dcnv2", "din", "wukong"
+  )
   def test_compiled_step_has_no_copy_of_a_table(self, name):
     config = _config(name, large=True)
     state = jax.eval_shape(

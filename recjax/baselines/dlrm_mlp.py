@@ -10,6 +10,12 @@ The "DLRM-MLP" base line of RankMixer (arXiv 2507.15551) and MSN (arXiv
 | dot products of all pairs of embeddings | `dot_interaction` |
 | top MLP | `mlp_dims` |
 
+With `memory_layers` a product-key memory gates what enters a layer of the top
+MLP: x * tanh(v_o), the literal form of MSN, with the whole input as the one
+token. A RankMixer block keeps the un-gated input in its residual; an MLP has
+none, so here a closed gate does cut the signal (the values' initial scale of 1
+keeps it open; `gate="one_plus_tanh"` starts from the plain MLP's signal).
+
 Departures: sequences and sets enter by their mean; with the dot interaction
 the top MLP also sees all inputs, not only the output of the bottom MLP.
 """
@@ -25,8 +31,15 @@ from recjax import config as config_lib
 from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
-from recjax.layers.features import ConcatFeatures, pooled_rows
+from recjax.layers import memory_gate
+from recjax.layers.features import (
+  ConcatFeatures,
+  concat_width,
+  pooled_rows,
+)
 from recjax.layers.heads import TaskHeads
+from recjax.layers.memory_gate import MemoryGate, check_memory, memory_tables
+from recjax.layers.product_key_memory import MemoryConfig
 from recjax.schema import Schema
 from recjax.sparse.table import Table, embedding_table
 
@@ -40,6 +53,9 @@ class Config:
     embed_dim: Width of an embedding.
     mlp_dims: Widths of the hidden layers of the top MLP.
     interaction: `none` or `dot`.
+    memory: Shape of each memory.
+    memory_layers: Layers of the top MLP whose input a memory gates, from 0.
+    gate: `tanh`, `none`, `sigmoid` or `one_plus_tanh`.
     numeric_dim: Hinges of each dense feature; see `ConcatFeatures`.
     dropout_rate: Share of hidden units dropped in training.
     embed_init_scale: Standard deviation of initial embeddings.
@@ -50,6 +66,9 @@ class Config:
   embed_dim: int = 16
   mlp_dims: tuple[int, ...] = (256, 128)
   interaction: str = "none"
+  memory: MemoryConfig = MemoryConfig()
+  memory_layers: tuple[int, ...] = ()
+  gate: str = "tanh"
   numeric_dim: int = 0
   dropout_rate: float = 0.0
   embed_init_scale: float = 0.01
@@ -61,6 +80,12 @@ class Config:
       raise UserError(
         f"model.interaction must be 'none' or 'dot', got {self.interaction!r}"
       )
+    check_memory(
+      self.memory_layers,
+      self.gate,
+      num_layers=len(self.mlp_dims),
+      source="mlp_dims",
+    )
 
 
 class Model(nn.Module):
@@ -86,20 +111,28 @@ class Model(nn.Module):
         vectors.append(nn.relu(bottom(batch.dense)))
       products = dot_interaction(jnp.stack(vectors, axis=1).astype(dtype))
       x = jnp.concatenate([x, products], axis=-1)
+    counters = {}
     for i, dim in enumerate(config.mlp_dims):
+      if i in config.memory_layers:
+        gated, counters[f"memory_{i}"] = MemoryGate(
+          config.memory, config.gate, dtype, name=f"memory_{i}"
+        )(x[None], batch.example_mask)
+        x = gated[0]
       x = nn.relu(nn.Dense(dim, dtype=dtype, name=f"mlp_{i}")(x))
       x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
     heads = TaskHeads(config.tasks, dtype=dtype, name="heads")
-    return heads(x, train=train), {}
+    return heads(x, train=train), {"counters": counters}
 
 
 def tables(config: Config, schema: Schema) -> dict[str, Table]:
-  """One embedding table for all id features."""
-  return {
-    "embedding": embedding_table(
-      schema, config.embed_dim, init_scale=config.embed_init_scale
-    )
-  }
+  """One embedding table for all id features, and the values of memories."""
+  embedding = embedding_table(
+    schema, config.embed_dim, init_scale=config.embed_init_scale
+  )
+  dims = (input_dim(config, schema), *config.mlp_dims)
+  return {"embedding": embedding} | memory_tables(
+    {i: dims[i] for i in config.memory_layers}, config.memory, num_tokens=1
+  )
 
 
 def loss_fn(
@@ -111,6 +144,19 @@ def loss_fn(
   """Cross entropy (squared error for real labels), one term a task."""
   del aux, config
   return losses.task_losses(predictions, batch)
+
+
+diagnostics = memory_gate.diagnostics
+fold = memory_gate.fold
+
+
+def input_dim(config: Config, schema: Schema) -> int:
+  """Width of what enters the top MLP."""
+  dim = concat_width(schema, config.embed_dim, config.numeric_dim)
+  if config.interaction == "dot":
+    vectors = len(schema.id_features) + bool(schema.dense_features)
+    dim += vectors * (vectors - 1) // 2
+  return dim
 
 
 def dot_interaction(

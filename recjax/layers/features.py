@@ -1,5 +1,7 @@
 """From a batch and its embedding rows to the inputs of a network."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,7 +54,8 @@ class ConcatFeatures(nn.Module):
   Id features give their embedding (the mean over valid positions for
   sequences and sets), vectors themselves, and dense features themselves or,
   with `numeric_dim`, also that many learned hinges `relu(w x + b)` each, which
-  let the next layer bend its response to a number (our choice).
+  let the next layer bend its response to a number (our choice). `pooled` may
+  hold another vector than the mean for some features.
 
   Attributes:
     schema: What the batch holds.
@@ -66,9 +69,12 @@ class ConcatFeatures(nn.Module):
 
   @nn.compact
   def __call__(
-    self, batch: Batch, rows: dict[str, Array]
+    self,
+    batch: Batch,
+    rows: dict[str, Array],
+    pooled: Mapping[str, Array] | None = None,
   ) -> Float[Array, "batch width"]:
-    parts = pooled_rows(self.schema, batch, rows)
+    parts = pooled_rows(self.schema, batch, rows, pooled)
     parts += [batch.vectors[f.name] for f in self.schema.vector_features]
     dense = batch.dense
     if dense.shape[-1]:
@@ -88,16 +94,41 @@ class ConcatFeatures(nn.Module):
     return hinges.reshape(dense.shape[0], -1)
 
 
+def concat_width(schema: Schema, embed_dim: int, numeric_dim: int = 0) -> int:
+  """Width of what `ConcatFeatures` gives for these settings."""
+  return (
+    len(schema.id_features) * embed_dim
+    + sum(feature.dim for feature in schema.vector_features)
+    + len(schema.dense_features) * (1 + numeric_dim)
+  )
+
+
 def pooled_rows(
-  schema: Schema, batch: Batch, rows: dict[str, Array]
+  schema: Schema,
+  batch: Batch,
+  rows: dict[str, Array],
+  pooled: Mapping[str, Array] | None = None,
 ) -> list[Float[Array, "batch dim"]]:
-  """One vector per id feature; the mean of valid positions for lists."""
-  return [
-    masked_mean(rows[feature.name], batch.id_mask[feature.name])
-    if feature.is_list
-    else rows[feature.name]
-    for feature in schema.id_features
-  ]
+  """One vector per id feature; the mean of valid positions for lists.
+
+  Args:
+    schema: What the batch holds.
+    batch: The examples.
+    rows: Feature name -> embeddings of its ids.
+    pooled: Feature name -> the vector that stands for it, for the features
+      that the caller has pooled in a way of its own.
+  """
+  pooled = pooled or {}
+  vectors = []
+  for feature in schema.id_features:
+    name = feature.name
+    if name in pooled:
+      vectors.append(pooled[name])
+    elif feature.is_list:
+      vectors.append(masked_mean(rows[name], batch.id_mask[name]))
+    else:
+      vectors.append(rows[name])
+  return vectors
 
 
 def masked_mean(

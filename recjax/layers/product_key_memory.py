@@ -266,9 +266,7 @@ def layer_norm(
   return normal * jnp.broadcast_to(gain, x.shape)
 
 
-def fold_keys(
-  params: dict[str, Array], config: MemoryConfig
-) -> dict[str, Array]:
+def fold_keys(params: dict[str, Any], config: MemoryConfig) -> dict[str, Any]:
   """Parameters of one memory with Theta and LayerNorm folded into the keys.
 
   For serving: with `dataclasses.replace(config, folded=True)` they give the

@@ -11,6 +11,7 @@ from recjax.errors import UserError
 from tests import oracles, toy
 
 TINY = {"tasks": ["click", "play_time"], "embed_dim": 4, "mlp_dims": [8, 5]}
+MEMORY = {"num_keys": 6, "key_dim": 4, "top_k": 3}
 
 
 def load(**overrides):
@@ -37,6 +38,10 @@ def oracle(method, params, tables, batch):
     ]
     x = np.concatenate([x, np.stack(products, axis=1)], axis=1)
   for i in range(len(config.mlp_dims)):
+    if i in config.memory_layers:
+      memory, values = params[f"memory_{i}"], tables[f"memory_{i}/values"]
+      value, _ = oracles.memory(memory, values, x[None], config.memory)
+      x = oracles.gate(x, value[0], config.gate)
     x = np.maximum(_dense(params[f"mlp_{i}"], x), 0)
   return {t: _dense(params["heads"][t], x)[:, 0] for t in config.tasks}
 
@@ -51,6 +56,14 @@ class DlrmMlpTest(parameterized.TestCase):
     {"interaction": "dot"},
     {"interaction": "dot", "numeric_dim": 2, "mlp_dims": [6]},
     {"mlp_dims": []},
+    {"memory_layers": [0, 1], "memory": MEMORY},
+    {
+      "memory_layers": [0],
+      "memory": MEMORY | {"num_heads": 2},
+      "gate": "one_plus_tanh",
+      "interaction": "dot",
+      "numeric_dim": 2,
+    },
   )
   def test_equals_the_equations(self, **overrides):
     method, batch = load(**overrides), toy.make_batch(size=6)
@@ -79,6 +92,35 @@ class DlrmMlpTest(parameterized.TestCase):
       method = load(interaction=interaction)
       params, _ = jax.eval_shape(method.init, jax.random.key(0))
       self.assertEqual("bottom" in params, has_bottom)
+
+  def test_values_are_as_wide_as_the_input_of_their_layer(self):
+    # 5 id features of width 4, a vector of 3, 2 numbers with 2 hinges each.
+    concat = 5 * 4 + 3 + 2 * (1 + 2)
+    for interaction, first in (("none", concat), ("dot", concat + 15)):
+      method = load(
+        memory_layers=[0, 1], interaction=interaction, numeric_dim=2
+      )
+      dims = [method.tables[f"memory_{i}/values"].dim for i in (0, 1)]
+      self.assertEqual(dims, [first, 8])
+
+  def test_counts_the_slots_of_valid_examples(self):
+    method = load(memory_layers=[1], memory=MEMORY)
+    batch = toy.make_batch(num_padding=5)
+    params, tables = oracles.random_variables(method)
+    rows = method.read(tables, batch)
+    aux = method.apply(params, tables, rows, batch, train=False)[1]
+    self.assertEqual(aux["counters"]["memory_1"]["hits"].sum(), 11 * 3)
+    numbers = dlrm_mlp.diagnostics(jax.device_get(aux["counters"]))
+    self.assertIn("memory_1/perplexity", numbers)
+
+  @parameterized.parameters(
+    ({"memory_layers": [2]}, "model.memory_layers.*0 ... 1 .*mlp_dims"),
+    ({"memory_layers": [0], "mlp_dims": []}, "must be empty"),
+    ({"gate": "relu"}, "model.gate must be one of tanh"),
+  )
+  def test_a_wrong_memory_is_a_user_error(self, overrides, message):
+    with self.assertRaisesRegex(UserError, message):
+      load(**overrides)
 
   def test_a_wrong_interaction_is_a_user_error(self):
     with self.assertRaisesRegex(UserError, "model.interaction.*'cross'"):

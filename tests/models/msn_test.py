@@ -55,7 +55,9 @@ def oracle(method, params, tables, batch):
       memory = params[f"memory_{i}"]
       value, _ = oracles.memory(memory, values, s, config.memory)
       gated = oracles.gate(s, value, config.gate)
-    hidden = oracles.per_token_ffn(params[f"ffn_{i}"], gated)
+    hidden = oracles.per_token_network(
+      params[f"ffn_{i}"], gated, config.ffn, config.moe
+    )
     x = oracles.layer_norm(hidden + s, ffn_gain, ffn_bias)
   head = params["heads"]["click"]
   return x.mean(0) @ head["kernel"][:, 0] + head["bias"][0]
@@ -79,6 +81,8 @@ class MsnTest(parameterized.TestCase):
       },
     ),
     ("no_memory", {"memory_layers": []}),
+    ("msn_smoe", {"ffn": "smoe", "moe": {"num_experts": 3}}),
+    ("msn_relu_moe", {"ffn": "relu_moe"}),
   )
   def test_equals_the_equations(self, overrides):
     method, batch = load(**overrides), toy.make_batch(size=6)
@@ -107,19 +111,6 @@ class MsnTest(parameterized.TestCase):
     actual = jax.jit(lambda: forward(serving, folded, tables, batch))()
     chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
 
-  def test_an_untouched_memory_gates_by_its_constant(self):
-    x = jnp.asarray([[[1.0, -2.0]]])
-    value = jnp.full_like(x, 0.3)
-    for kind, factor in (
-      ("tanh", np.tanh(0.3)),
-      ("none", 0.3),
-      ("sigmoid", 1 / (1 + np.exp(-0.3))),
-      ("one_plus_tanh", 1 + np.tanh(0.3)),
-    ):
-      np.testing.assert_allclose(
-        msn.gate(x, value, kind), x * factor, rtol=1e-6
-      )
-
   def test_a_closed_gate_does_not_cut_the_signal(self):
     method, batch = load(), toy.make_batch()
     params, tables = oracles.random_variables(method)
@@ -135,6 +126,15 @@ class MsnTest(parameterized.TestCase):
     numbers = msn.diagnostics(jax.device_get(aux["counters"]))
     self.assertBetween(numbers["memory_0/slots_hit"], 1 / 36, 1)
     self.assertIn("memory_0/collapsed", numbers)
+
+  def test_counts_the_experts_beside_the_slots(self):
+    method, batch = load(ffn="smoe"), toy.make_batch(num_padding=5)
+    params, tables = oracles.random_variables(method)
+    aux = forward(method, params, tables, batch)[1]
+    numbers = msn.diagnostics(jax.device_get(aux["counters"]))
+    self.assertEqual(numbers["ffn_0/active_share"], 0.5)
+    self.assertIn("memory_0/collapsed", numbers)
+    self.assertGreater(msn.idle_params(method.config), 0)
 
   def test_declares_one_table_of_values_a_memory(self):
     method = load(num_layers=3, memory_layers=[0, 2])

@@ -217,7 +217,9 @@ class Columns:
   Attributes:
     schema: The data set's schema, with `vocab_sizes`.
     num_rows: Number of rows of each split.
-    directory: Where it lies; adapters keep vocabularies beside the rows.
+    directory: Where it lies; adapters keep vocabularies beside the rows (see
+      `vocabulary.save_values`).
+    dense_mean, dense_std: What dense columns are standardised with.
 
   Raises:
     UserError: If the folder holds no complete store of this format.
@@ -249,8 +251,8 @@ class Columns:
     self._real_labels = frozenset(
       label.name for label in self.schema.labels if label.kind == "real"
     )
-    self._mean = np.asarray(manifest["dense_mean"], np.float32)
-    self._std = np.asarray(manifest["dense_std"], np.float32)
+    self.dense_mean = np.asarray(manifest["dense_mean"], np.float32)
+    self.dense_std = np.asarray(manifest["dense_std"], np.float32)
     self._layout = _Layout(self.schema)
     resident = Resident(_RESIDENT_BYTES)
     self._rows = {
@@ -317,7 +319,7 @@ class Columns:
 
   def raw_dense(self, split: str) -> Float[np.ndarray, "rows num_dense"]:
     """All dense values of a split as the source has them."""
-    dense = np.empty((self.num_rows[split], len(self._mean)), np.float32)
+    dense = np.empty((self.num_rows[split], len(self.dense_mean)), np.float32)
     for start in range(0, len(dense), 1 << 16):
       stop = min(start + (1 << 16), len(dense))
       rows = self._rows[split].gather(np.arange(start, stop))
@@ -325,8 +327,8 @@ class Columns:
     return dense
 
   def _standardise(self, dense):
-    dense = dense - self._mean
-    dense /= self._std
+    dense = dense - self.dense_mean
+    dense /= self.dense_std
     return np.clip(dense, -DENSE_LIMIT, DENSE_LIMIT, out=dense)
 
   def _read_list(self, feature: Feature, starts, lengths):

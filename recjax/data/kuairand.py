@@ -46,14 +46,17 @@ import pathlib
 import tempfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from etils import epath
 
 from recjax.data import causal, kuairand_features, kuairand_source
 from recjax.data.columns import Block, ColumnWriter
+from recjax.data.vocabulary import save_values
 from recjax.errors import UserError
 from recjax.schema import SPLITS, Feature, Label, Roles, Schema, Split
 
-VERSION = 1
+VERSION = 2
 
 _OUTCOMES = tuple(kuairand_source.OUTCOMES)
 _USER_FEATURES = (
@@ -164,6 +167,8 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
       )
       _append(writer, data.events["part"][rows], block)
     writer.finish(dataclasses.replace(schema, vocab_sizes=vocabularies.sizes))
+    for name, values in vocabularies.values.items():
+      save_values(directory, name, values)
     # Mapped files must be let go of before their folder is removed.
     del data, vocabularies, sums, slices
 
@@ -219,28 +224,41 @@ class _Vocabularies:
     in_history = videos.copy()
     for stored in data.histories.values():
       in_history[stored.video] = True
-    self.sizes = {}
+    self.sizes, self.values = {}, {}
     self._row = {
       n: self._number(n, np.arange(1 << 15), s) for n, s in seen.items()
     }
-    self._user = {
-      "user_id": self._number("user_id", np.arange(len(users)), users)
-    }
+    self._user = {"user_id": self._number("user_id", data.user_ids, users)}
+    author = _column(data.videos, "author_id")
     self._video = {
-      "video_id": self._number("video_id", np.arange(len(videos)), in_history),
-      "author_id": self._number("author_id", data.author, in_history),
+      "video_id": self._number("video_id", data.video_ids, in_history),
+      "author_id": self._number("author_id", author, in_history),
     }
     for name in _USER_FEATURES:
-      self._user[name] = self._number(name, _column(data.users, name), users)
+      self._user[name] = self._number(
+        name, _column(data.users, name), users, data.users.names.get(name)
+      )
     for name in _VIDEO_FEATURES[1:]:
-      self._video[name] = self._number(name, _column(data.videos, name), videos)
-    self.tag = self._number("tag", data.tags, videos)
+      self._video[name] = self._number(
+        name, _column(data.videos, name), videos, data.videos.names.get(name)
+      )
+    self.tag = self._number("tag", data.tags, videos, data.tag_names)
 
-  def _number(self, name: str, values, seen) -> np.ndarray:
-    """Vocabulary row of each value, given which entries training holds."""
+  def _number(self, name: str, values, seen, texts=None) -> np.ndarray:
+    """Vocabulary row of each value, given which entries training holds.
+
+    `texts` are what the values stand for, if they are codes of texts.
+    """
     known = np.unique(values[seen])
     at = np.minimum(np.searchsorted(known, values), len(known) - 1)
     self.sizes[name] = len(known) + 1
+    if texts is None:
+      stood_for = pa.array(known.astype(np.int64), mask=known == _MISSING)
+    else:
+      texts = pa.array([*texts, None], pa.large_string())
+      stood_for = texts.take(pa.array(known % len(texts)))
+      stood_for = pc.if_else(pc.equal(stood_for, ""), None, stood_for)
+    self.values[name] = stood_for
     return np.where(known[at] == values, at + 1, 0).astype(np.int32)
 
   def ids(self, rows) -> dict[str, np.ndarray]:

@@ -62,6 +62,7 @@ class Data:
     self.events, users, videos, self.histories = kuairand_source.read_events(
       found, scratch, max_rows
     )
+    self.user_ids, self.video_ids = users, videos
     self.num_events = len(self.events["time"])
     self.num_users, self.num_videos = len(users), len(videos)
     self.users = kuairand_source.read_users(found.users, users)
@@ -72,7 +73,7 @@ class Data:
     self.music = _codes(
       np.where(numbers["music_id"] == 0, np.nan, numbers["music_id"])
     )
-    self.tags, self.num_tags = _split_tags(self.videos)
+    self.tags, self.tag_names = _split_tags(self.videos)
     self.upload_day = _upload_days(self.videos)
 
   def blocks(self, size: int | None = None):
@@ -103,8 +104,8 @@ def _codes(values: np.ndarray) -> np.ndarray:
   return codes
 
 
-def _split_tags(videos) -> tuple[np.ndarray, int]:
-  """Tag codes of each video, filled up with -1, and the number of tags."""
+def _split_tags(videos) -> tuple[np.ndarray, list[str]]:
+  """Tag codes of each video, filled up with -1, and the tags by code."""
   lists = [
     list(dict.fromkeys(t for t in text.split(",") if t))
     for text in videos.names["tag"]
@@ -114,7 +115,7 @@ def _split_tags(videos) -> tuple[np.ndarray, int]:
   table = np.full((len(lists), max(1, *map(len, lists))), -1)
   for row, tags in enumerate(lists):
     table[row, : len(tags)] = [number[t] for t in tags]
-  return table[videos.texts["tag"]], len(known)
+  return table[videos.texts["tag"]], known
 
 
 def _upload_days(videos) -> np.ndarray:

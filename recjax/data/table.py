@@ -24,7 +24,7 @@ grow with its rows, only with the number of distinct values and groups.
 
 import dataclasses
 import pathlib
-import urllib.parse
+import tempfile
 
 import numpy as np
 import pyarrow as pa
@@ -39,11 +39,12 @@ from recjax.data.vocabulary import (
   Vocabulary,
   VocabularyBuilder,
   hash_values,
+  save_values,
 )
 from recjax.errors import UserError
 from recjax.schema import SPLITS, Feature, Schema
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,7 @@ def estimate_bytes(config: Config) -> int:
 def prepare(config: Config, directory: pathlib.Path) -> None:
   """Writes the table to `directory` as a column store.
 
-  The vocabularies lie beside it: `vocabulary/<name>.parquet` with the columns
-  `value` and `row`.
+  The vocabularies lie beside it; see `vocabulary.save_values`.
 
   Raises:
     UserError: At the first mistake in the table or the schema.
@@ -102,11 +102,40 @@ def prepare(config: Config, directory: pathlib.Path) -> None:
   counts.check(config.path)
   sizes = {name: table.size for name, table in tables.items()}
   writer.finish(dataclasses.replace(schema, vocab_sizes=sizes))
-  folder = directory / "vocabulary"
-  folder.mkdir()
   for name, table in tables.items():
+    values = pa.array([], value_types[name])
     if isinstance(table, Vocabulary):
-      table.save(folder / f"{urllib.parse.quote(name, safe='')}.parquet")
+      values = table.values
+    save_values(directory, name, values)
+
+
+def read_raw(config: Config, split: str, num_rows: int) -> dict[str, list]:
+  """The first rows of a part, as the table holds them.
+
+  Args:
+    config: Options of the table.
+    split: `train`, `valid` or `test`.
+    num_rows: How many; fewer where the part has fewer.
+
+  Returns:
+    Feature -> its values as JSON knows them, in the order of the prepared
+    rows.
+  """
+  schema, source = Schema.from_file(config.schema), Source(config.path)
+  columns = {feature.name: [] for feature in schema.features}
+  with tempfile.TemporaryDirectory() as scratch:
+    splitter = make_splitter(schema.split, source, pathlib.Path(scratch))
+    for rows in source.read(_used_columns(schema)):
+      chosen = np.flatnonzero(splitter(rows) == SPLITS.index(split))
+      for name, values in columns.items():
+        found = _without_nan(rows.column(name))
+        if pa.types.is_decimal(found.type):
+          found = found.cast(pa.float64())
+        found = found.take(pa.array(chosen[: num_rows - len(values)]))
+        values.extend(found.to_pylist())
+      if all(len(values) == num_rows for values in columns.values()):
+        break
+  return columns
 
 
 class _Encoder:

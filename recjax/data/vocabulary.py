@@ -5,6 +5,8 @@ Row 0 is for values that the training part does not hold. Nothing here depends
 on the machine, the process or the order in which values arrive.
 """
 
+import urllib.parse
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -86,13 +88,12 @@ class Vocabulary:
       rows[:-1] = np.where(self._keys[found] == keys, self._rows[found] + 1, 0)
     return rows[encoded.indices.fill_null(-1).to_numpy()]
 
-  def save(self, path: epath.PathLike) -> None:
-    """Writes a Parquet file with the columns `value` and `row`."""
-    values = self._values
+  @property
+  def values(self) -> pa.Array:
+    """What rows 1, 2, ... stand for."""
     if self._null_row:
-      values = pa.concat_arrays([values, pa.nulls(1, values.type)])
-    rows = pa.array(np.arange(1, len(values) + 1, dtype=np.int32))
-    pq.write_table(pa.table({"value": values, "row": rows}), path)
+      return pa.concat_arrays([self._values, pa.nulls(1, self._values.type)])
+    return self._values
 
 
 class Buckets:
@@ -114,6 +115,37 @@ class Buckets:
     hashed = mix(hash_values(encoded.dictionary))
     rows[:-1] = 1 + (hashed % np.uint64(self._num_buckets)).astype(np.int32)
     return rows[encoded.indices.fill_null(-1).to_numpy()]
+
+
+def save_values(directory: epath.PathLike, name: str, values: pa.Array) -> None:
+  """Writes what rows 1, 2, ... of a vocabulary stand for.
+
+  Args:
+    directory: Of the prepared data; the file is `vocabulary/<name>.parquet`,
+      with the columns `value` and `row`.
+    name: The vocabulary's.
+    values: Of one of `VALUE_TYPES`; null stands for missing values. None at
+      all for a vocabulary of buckets, whose type is thereby known.
+  """
+  path = _path(directory, name)
+  path.parent.mkdir(exist_ok=True)
+  rows = pa.array(np.arange(1, len(values) + 1, dtype=np.int32))
+  pq.write_table(pa.table({"value": values, "row": rows}), path)
+
+
+def load_values(directory: epath.PathLike, name: str) -> pa.Array:
+  """What `save_values` wrote.
+
+  Raises:
+    UserError: If the data set keeps no vocabularies.
+  """
+  path = _path(directory, name)
+  if not path.exists():
+    raise UserError(
+      f"{path}: the data set keeps no vocabulary of {name!r}, so its raw "
+      "values are not known; an adapter writes it with save_values"
+    )
+  return pq.read_table(path)["value"].combine_chunks()
 
 
 def hash_values(values: pa.Array) -> UInt64[np.ndarray, " values"]:
@@ -162,6 +194,11 @@ def mix(numbers: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
     0x94D049BB133111EB
   )
   return numbers ^ (numbers >> np.uint64(31))
+
+
+def _path(directory, name: str) -> epath.Path:
+  quoted = urllib.parse.quote(name, safe="")
+  return epath.Path(directory) / "vocabulary" / f"{quoted}.parquet"
 
 
 def _hash_chunk(offsets, data):

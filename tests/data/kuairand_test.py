@@ -12,6 +12,7 @@ from absl.testing import absltest, parameterized
 
 from recjax.data import kuairand, kuairand_source
 from recjax.data.columns import Columns
+from recjax.data.vocabulary import load_values
 from recjax.errors import UserError
 from recjax.schema import SPLITS
 
@@ -66,7 +67,9 @@ def _prepare(sources, **options):
         "groups": dict(batch.groups),
       }
     left = sorted(p.suffix for p in pathlib.Path(folder).iterdir())
-    assert set(left) == {".rows", ".i32", ".json"}, left
+    assert set(left) == {".rows", ".i32", ".json", ""}, left
+    names = {feature.vocab for feature in columns.schema.id_features}
+    result["values"] = {n: load_values(folder, n).to_pylist() for n in names}
     return result
 
 
@@ -234,6 +237,34 @@ class KuaiRandTest(parameterized.TestCase):
           mask = data[split]["mask"][name][position]
           ids = data[split]["ids"][name][position]
           self.assertEqual(ids[mask].tolist(), expected, f"{split} {name}")
+
+  def test_vocabularies_name_the_raw_values(self):
+    log = _small_log()
+    data = _prepare(self._parquet(log))
+    values, test = data["values"], data["test"]
+    users = pa.parquet.read_table(_BUNDLED.users[0]).to_pylist()
+    users = {row["user_id"]: row for row in users}
+    videos = pa.parquet.read_table(_BUNDLED.videos[0]).to_pylist()
+    videos = {row["video_id"]: row for row in videos}
+    rows = np.flatnonzero(log["date"] > kuairand_source.LAST_DAYS[1])
+    self.assertLen(test["ids"]["user_id"], len(rows))
+    counts = dict.fromkeys(test["ids"], 0)
+    for place, row in enumerate(rows):
+      user, video = int(log["user_id"][row]), int(log["video_id"][row])
+      raw = users.get(user, {}) | videos.get(video, {})
+      raw |= {"user_id": user, "video_id": video, "tab": int(log["tab"][row])}
+      raw["hour"] = int(log["hourmin"][row]) // 100
+      for name, ids in test["ids"].items():
+        if name in raw and ids.ndim == 1 and ids[place]:
+          found = values[name][ids[place] - 1]
+          self.assertEqual(found, raw[name], name)
+          counts[name] += 1
+      tags = test["ids"]["tag"][place][test["mask"]["tag"][place]]
+      known = [values["tag"][i - 1] for i in tags if i]
+      self.assertLessEqual(set(known), set((raw.get("tag") or "").split(",")))
+      counts["tag"] += len(known)
+    for name in ("user_id", "video_id", "author_id", "video_type", "tag"):
+      self.assertGreater(counts[name], 5, name)
 
   def test_values_unseen_in_training_get_row_zero(self):
     log = _small_log()

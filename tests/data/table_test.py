@@ -86,8 +86,12 @@ class TableTest(TableTestCase):
     folder = pathlib.Path(columns.directory) / "vocabulary"
     self.assertCountEqual(
       [urllib.parse.unquote(p.stem) for p in folder.iterdir()],
-      ["user", "item", "genres", "a/b"],
+      ["user", "item", "genres", "shop", "a/b"],
     )
+    # Hashed values are not kept, but their type is.
+    shop = pq.read_table(folder / "shop.parquet")
+    self.assertEqual(shop.num_rows, 0)
+    self.assertEqual(shop.schema.field("value").type, pa.large_string())
     self.assertEqual(
       pq.read_table(folder / "user.parquet").to_pydict(),
       {"value": ["a", "b", None], "row": [1, 2, 3]},

@@ -1,0 +1,488 @@
+"""A trained run as a folder that scores raw rows without recjax.
+
+```
+manifest.json           what follows, and how raw columns become arrays
+model.bin               the program, serialised by `jax.export`: batch size
+                        free, for CPU, CUDA and TPU
+params.safetensors      dense parameters (their average where the run has one)
+tables.safetensors      row-sparse tables as stored
+vocabulary.safetensors  sorted 64-bit keys of ids, and their rows
+golden.json             raw rows of the test part and their scores
+score.py                loads all this; needs JAX, NumPy and flatbuffers
+README.md               how to use it
+```
+
+The program takes weights and arrays of a batch, in the order of `arguments` in
+the manifest, and returns a logit (or the `symlog` of a real label) a task.
+Where a method offers `fold(params, config)`, what is constant in serving is
+folded into its parameters first.
+
+The safetensors files are written here and not by the library: the data of
+every table begins at a multiple of 64 bytes, so that JAX on a CPU uses it where
+it is mapped, and no second copy is held in memory.
+"""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from absl import logging
+from jax import export as jax_export
+from jaxtyping import Array
+
+from recjax import optimizer as optimizer_lib
+from recjax import restore, serve
+from recjax.batch import Batch
+from recjax.config import build
+from recjax.data.columns import Columns
+from recjax.data.vocabulary import hash_values, load_values
+from recjax.errors import UserError
+from recjax.method import Method
+from recjax.schema import Feature, Schema
+from recjax.writer import write_json
+
+FORMAT = 1
+PLATFORMS = ("cpu", "cuda", "tpu")
+NUM_GOLDEN = 64
+# Of a prediction, relative where that is above 1; by the type of computation.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
+# Two ways to compute a search may break a tie of its last slots differently.
+_AGREEING = 0.9
+_ALIGNMENT = 64
+_DTYPES = {"float32": "F32", "uint16": "U16", "int32": "I32", "uint64": "U64"}
+
+
+def export_run(workdir: str, output: str) -> pathlib.Path:
+  """Exports the best checkpoint of a finished run.
+
+  The export is loaded again and must give the model's scores of raw rows before
+  it appears under its name.
+
+  Args:
+    workdir: Folder of the run.
+    output: Folder to write; it must not exist.
+
+  Returns:
+    The folder.
+
+  Raises:
+    UserError: If the run is not finished, its data has changed, or `output`
+      exists.
+
+  Example:
+    >>> export_run("runs/msn", "exports/msn")           # doctest: +SKIP
+    PosixPath('exports/msn')
+  """
+  target = pathlib.Path(output).expanduser()
+  if target.exists():
+    raise UserError(f"{target}: exists; give another --output")
+  run = restore.open_run(workdir, one_device=True)
+  golden = _golden(run)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  scratch = pathlib.Path(
+    tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+  )
+  try:
+    scratch.chmod(0o755)
+    _write(scratch, run, golden)
+    scratch.rename(target)
+  finally:
+    shutil.rmtree(scratch, ignore_errors=True)
+  return target
+
+
+def make_artefact(
+  method: Method, params: Any, tables: Mapping[str, Array]
+) -> tuple[jax_export.Exported, dict[str, Array]]:
+  """The program of a method's predictions, and the weights it takes.
+
+  Args:
+    method: What to export.
+    params: Linen parameters, or their average.
+    tables: Tables as stored.
+
+  Returns:
+    A program `(weights, arrays) -> {task: prediction}` with a free batch size,
+    and its weights: `params/<path>` and `tables/<name>`. The arrays of a batch
+    are those of `serve.Scorer.encode`.
+
+  Example:
+    >>> program, weights = make_artefact(                # doctest: +SKIP
+    ...     method, state.eval_params, state.tables)
+    >>> program.call(weights, arrays)["click"]
+    Array([-0.3, 1.2], dtype=float32)
+  """
+  if hasattr(method.module, "fold"):
+    params, config = method.module.fold(params, method.config)
+    method = dataclasses.replace(method, config=config)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  paths = [f"params/{optimizer_lib.path_name(path)}" for path, _ in leaves]
+  weights = dict(zip(paths, (leaf for _, leaf in leaves), strict=True))
+  weights |= {f"tables/{name}": table for name, table in tables.items()}
+
+  def predict(weights, arrays):
+    batch = _batch(arrays, method)
+    tables = {name: weights[f"tables/{name}"] for name in method.tables}
+    return method.apply(
+      jax.tree.unflatten(structure, [weights[path] for path in paths]),
+      tables,
+      method.read(tables, batch),
+      batch,
+      train=False,
+    )[0]
+
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights
+  )
+  program = jax_export.export(jax.jit(predict), platforms=PLATFORMS)(
+    shapes, _array_shapes(method.schema)
+  )
+  return program, weights
+
+
+def describe_data(
+  columns: Columns,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """How raw columns become arrays, as `serve.Encoder` takes it.
+
+  Args:
+    columns: The prepared data.
+
+  Returns:
+    The manifest's `features`, `vocabularies` and `dense`; and the sorted keys
+    and the rows of each vocabulary.
+
+  Raises:
+    UserError: If the data set keeps no vocabularies.
+  """
+  entries, tensors = {}, {}
+  schema = columns.schema
+  for name in sorted({feature.vocab for feature in schema.id_features}):
+    values = load_values(columns.directory, name)
+    rows = 1 + np.arange(len(values), dtype=np.int32)
+    missing = pc.is_null(values).to_numpy(zero_copy_only=False)
+    entries[name] = {
+      "type": "integer" if pa.types.is_integer(values.type) else "string",
+      "buckets": schema.feature(name).buckets,
+      "num_rows": schema.vocab_sizes[name],
+      "missing_row": int(rows[missing].max(initial=0)),
+    }
+    if schema.feature(name).buckets is None:
+      keys = hash_values(values.drop_null())
+      order = np.argsort(keys)
+      tensors[f"{name}/keys"] = keys[order]
+      tensors[f"{name}/rows"] = rows[~missing][order]
+  description = {
+    "features": [_describe(feature) for feature in schema.features],
+    "vocabularies": entries,
+    "dense": {"mean": columns.dense_mean, "std": columns.dense_std},
+  }
+  return description, tensors
+
+
+def write_tensors(
+  path: str | os.PathLike, tensors: Mapping[str, Array | np.ndarray]
+) -> None:
+  """Writes a safetensors file, one tensor in memory at a time.
+
+  The tensors' bytes begin at a multiple of 64; so does each of a table, whose
+  padded rows fill multiples of 64 bytes.
+  """
+  header, end = {}, 0
+  for name, tensor in tensors.items():
+    begin, end = end, end + tensor.size * tensor.dtype.itemsize
+    header[name] = {
+      "dtype": _DTYPES[tensor.dtype.name],
+      "shape": list(tensor.shape),
+      "data_offsets": [begin, end],
+    }
+  text = json.dumps(header).encode()
+  text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    for tensor in tensors.values():
+      file.write(np.ascontiguousarray(jax.device_get(tensor)).data)
+
+
+def _write(folder: pathlib.Path, run: restore.Run, golden: dict[str, Any]):
+  """Writes all files and checks that they reproduce the golden scores."""
+  program, weights = make_artefact(
+    run.method, run.state.eval_params, run.state.tables
+  )
+  (folder / "model.bin").write_bytes(program.serialize())
+  for kind in ("params", "tables"):
+    write_tensors(
+      folder / f"{kind}.safetensors",
+      {
+        name.removeprefix(f"{kind}/"): array
+        for name, array in weights.items()
+        if name.startswith(f"{kind}/")
+      },
+    )
+  description, tensors = describe_data(run.columns)
+  write_tensors(folder / "vocabulary.safetensors", tensors)
+  write_json(
+    folder / "manifest.json", _manifest(run, program, weights, description)
+  )
+  shutil.copyfile(serve.__file__, folder / "score.py")
+  (folder / "README.md").write_text(_readme(run), encoding="utf-8")
+  write_json(folder / "golden.json", _agreeing(golden, serve.Scorer(folder)))
+
+
+def _agreeing(golden: dict[str, Any], scorer: serve.Scorer) -> dict[str, Any]:
+  """The golden rows that the export scores as the model does."""
+  difference = scorer.differences(golden)
+  kept = difference <= golden["tolerance"]
+  logging.info(
+    "%d of %d golden rows are within %g of the model.",
+    kept.sum(),
+    len(kept),
+    golden["tolerance"],
+  )
+  if kept.mean() < _AGREEING:
+    raise RuntimeError(
+      f"the export differs from the model by up to {difference.max():.1e}"
+    )
+
+  def choose(columns):
+    return {
+      name: [v for v, keep in zip(values, kept, strict=True) if keep]
+      for name, values in columns.items()
+    }
+
+  return golden | {
+    "columns": choose(golden["columns"]),
+    "predictions": choose(golden["predictions"]),
+  }
+
+
+def _golden(run: restore.Run) -> dict[str, Any]:
+  """Raw rows of the test part and the model's predictions of them."""
+  num_rows = min(NUM_GOLDEN, run.columns.num_rows["test"])
+  batch = run.columns.read("test", np.arange(num_rows))
+  method, state = run.method, run.state
+
+  @jax.jit
+  def predict(params, tables, batch):
+    rows = method.read(tables, batch)
+    return method.apply(params, tables, rows, batch, train=False)[0]
+
+  predictions = jax.device_get(predict(state.eval_params, state.tables, batch))
+  _check_data(run, predictions)
+  return {
+    "columns": _raw_rows(run, batch),
+    "predictions": predictions,
+    "tolerance": TOLERANCE[getattr(method.config, "dtype", "float32")],
+  }
+
+
+def _check_data(run: restore.Run, predictions: Mapping[str, np.ndarray]):
+  """Raises if the data is not what the run was trained and tested on."""
+  with np.load(run.workdir / "predictions.npz") as stored:
+    for task, values in predictions.items():
+      if run.method.schema.label(task).kind == "real":
+        values = np.sign(values) * np.expm1(np.abs(values))
+      before = stored[f"{task}/score"]
+      same = len(before) == run.columns.num_rows["test"] and np.isclose(
+        before[: len(values)], values, rtol=1e-2, atol=1e-2
+      )
+      if np.mean(same) < _AGREEING:
+        raise UserError(
+          f"{run.workdir}: its predictions.npz holds other scores of "
+          f"{task!r} than the model gives now, so the data has changed since; "
+          "restore it, or train the run again in another --workdir"
+        )
+
+
+def _raw_rows(run: restore.Run, batch: Batch) -> dict[str, list]:
+  """The rows of `batch` as the source has them.
+
+  An adapter that can tell offers `read_raw`. For others the values are looked
+  up in the vocabularies; one that is in none becomes another such.
+  """
+  data = dict(run.config["data"])
+  adapter = importlib.import_module(f"recjax.data.{data.pop('name')}")
+  if hasattr(adapter, "read_raw"):
+    data.pop("cache_dir", None)
+    options = build(adapter.Config, data, "config.data")
+    return adapter.read_raw(options, "test", batch.size)
+  schema, raw = run.columns.schema, {}
+  dense = run.columns.raw_dense("test")[: batch.size]
+  for position, feature in enumerate(schema.dense_features):
+    raw[feature.name] = dense[:, position].tolist()
+  for feature in schema.vector_features:
+    raw[feature.name] = batch.vectors[feature.name].tolist()
+  for feature in schema.id_features:
+    values = load_values(run.columns.directory, feature.vocab).to_pylist()
+    values = np.array([_unknown(values), *values], object)
+    ids = batch.ids[feature.name]
+    if feature.is_list:
+      masks = batch.id_mask[feature.name]
+      raw[feature.name] = [
+        values[row[mask]].tolist() for row, mask in zip(ids, masks, strict=True)
+      ]
+    else:
+      raw[feature.name] = values[ids].tolist()
+  return raw
+
+
+def _unknown(values: list[Any]) -> int | str:
+  """A value that is none of these, of their type."""
+  is_text = any(isinstance(value, str) for value in values)
+  candidates = (f"?{i}" if is_text else i for i in itertools.count())
+  known = set(values)
+  return next(value for value in candidates if value not in known)
+
+
+def _manifest(
+  run: restore.Run,
+  program: jax_export.Exported,
+  weights: Mapping[str, Array],
+  description: dict[str, Any],
+) -> dict[str, Any]:
+  """How raw columns become the program's arguments, in their order."""
+  schema = run.columns.schema
+  leaves = jax.tree_util.tree_leaves_with_path(
+    jax.tree.unflatten(program.in_tree, program.in_avals)
+  )
+  arguments = [
+    {
+      "name": path[-1].key,
+      "dtype": leaf.dtype.name,
+      "shape": [n if isinstance(n, int) else str(n) for n in leaf.shape],
+      # The module itself has no parameter for an argument that it never reads.
+      "in_module": position in program.module_kept_var_idx,
+    }
+    for position, (path, leaf) in enumerate(leaves)
+  ]
+  return {
+    "format": FORMAT,
+    "model": run.result["model"],
+    "dataset": run.result["dataset"],
+    "seed": run.result["seed"],
+    "step": run.step,
+    "jax": jax.__version__,
+    "platforms": program.platforms,
+    "calling_convention_version": program.calling_convention_version,
+    "tasks": {
+      task: schema.label(task).kind for task in run.method.config.tasks
+    },
+    "units": {v.name: v.unit for v in schema.labels if v.unit is not None},
+    **description,
+    "num_weights": len(weights),
+    "num_arguments": len(arguments),
+    "arguments": arguments,
+  }
+
+
+def _describe(feature: Feature) -> dict[str, Any]:
+  """What `serve` must know of a raw column."""
+  entry = {"name": feature.name, "kind": feature.kind}
+  if feature.is_id:
+    entry["vocabulary"] = feature.vocab
+  if feature.is_list:
+    entry["max_len"] = feature.max_len
+  if feature.kind == "vector":
+    entry["dim"] = feature.dim
+  if feature.separator is not None:
+    entry["separator"] = feature.separator
+  return entry
+
+
+def _array_shapes(schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arrays of a batch, of any size."""
+  (size,) = jax_export.symbolic_shape("batch")
+  shapes = {
+    "dense": ((size, len(schema.dense_features)), jnp.float32),
+    "example_mask": ((size,), jnp.bool_),
+  }
+  for feature in schema.id_features:
+    shape = (size, feature.max_len) if feature.is_list else (size,)
+    shapes[f"ids/{feature.name}"] = (shape, jnp.int32)
+    if feature.is_list:
+      shapes[f"id_mask/{feature.name}"] = (shape, jnp.bool_)
+  for feature in schema.vector_features:
+    shapes[f"vectors/{feature.name}"] = ((size, feature.dim), jnp.float32)
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype)
+    for name, (shape, dtype) in shapes.items()
+  }
+
+
+def _batch(arrays: Mapping[str, Array], method: Method) -> Batch:
+  """The arrays as models know them; there are no labels."""
+  parts = {"ids": {}, "id_mask": {}, "vectors": {}}
+  for name, array in arrays.items():
+    kind, _, feature = name.partition("/")
+    if kind in parts:
+      parts[kind][feature] = array
+  schema, mask = method.schema, arrays["example_mask"]
+  zeros = jnp.zeros_like(mask, jnp.float32)
+  return Batch(
+    dense=arrays["dense"],
+    **parts,
+    labels=dict.fromkeys(method.config.tasks, zeros),
+    label_mask=dict.fromkeys(method.config.tasks, jnp.zeros_like(mask)),
+    scenario=(
+      jnp.zeros_like(mask, jnp.int32)
+      if schema.roles.scenario is None
+      else parts["ids"][schema.roles.scenario]
+    ),
+    groups={},
+    example_mask=mask,
+    real_labels=frozenset(
+      label.name for label in schema.labels if label.kind == "real"
+    ),
+  )
+
+
+def _readme(run: restore.Run) -> str:
+  """What stands beside the export."""
+  rows = "\n".join(
+    f"| `{f.name}` | {f.kind}{' (set)' if f.multi else ''} |"
+    for f in run.columns.schema.features
+  )
+  dataset, tasks = run.result["dataset"], ", ".join(run.method.config.tasks)
+  source = (
+    "They are the columns of the table, with its raw values."
+    if dataset == "table"
+    else f"Ids are raw ones. What recjax.data.{dataset} computes from a log "
+    "(rates, counts, histories, buckets) is the task of your feature store."
+  )
+  return f"""# {run.result["model"]} on {dataset}, step {run.step}
+
+```
+pip install 'jax>={jax.__version__}' numpy flatbuffers
+python score.py --check
+python score.py --input=rows.jsonl
+```
+
+`score.py` says how raw values are read, and is a module as well:
+`score.Scorer(folder).score(columns)` scores {tasks}.
+`--check` must repeat the scores that were stored at export; they were computed
+on a CPU in float32, and an accelerator that multiplies with fewer bits needs a
+larger `--tolerance`.
+
+JAX reads `model.bin` for at least six months after it was written, by its
+compatibility promise: export again from the run's checkpoint when you update.
+The weights are plain safetensors files, whatever becomes of it.
+
+Every row needs these columns. {source}
+
+| column | kind |
+| --- | --- |
+{rows}
+"""

@@ -3,45 +3,17 @@
     python -m experiments.lightgbm_baseline \\
         --config=experiments/configs/rankmixer.py:base --workdir=runs/lightgbm
 
-Needs the `dev` extra. Dense columns enter as they are, single ids as numbers
-(small vocabularies as categories), vectors by their entries, and sequences
-and sets by their length: trees have no embeddings. Trained on the training
-part, stopped early on the validation part, like the models.
+Needs the `dev` extra; see `experiments.trees` for what they see.
 """
 
 import json
-import pathlib
-import time
 from collections.abc import Sequence
 
-import lightgbm
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import door
-from recjax import run_files
-from recjax.data.columns import Columns
-from recjax.data.pipeline import open_dataset
+from experiments import door, trees
 from recjax.errors import UserError
-from recjax.metrics import summary
-from recjax.writer import write_json
-
-MAX_CATEGORIES = 64
-PARAMS = dict(
-  objective="binary",
-  learning_rate=0.05,
-  num_leaves=63,
-  min_data_in_leaf=200,
-  feature_fraction=0.5,
-  bagging_fraction=0.8,
-  bagging_freq=1,
-  lambda_l2=10.0,
-  cat_smooth=50.0,
-  max_bin=255,
-  num_threads=2,
-  verbosity=-1,
-)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Recipe whose data, tasks and seed are used."
@@ -50,120 +22,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 
 
 def main(argv: Sequence[str]) -> None:
-  """Trains on the first task and writes the files of a run."""
+  """Trains on the flags and prints the result."""
   del argv
   if _CONFIG.value is None or not _WORKDIR.value:
     raise UserError("--config and --workdir are needed")
-  config = run_files.check_blocks(_CONFIG.value.to_dict())
-  workdir = pathlib.Path(_WORKDIR.value)
-  task, seed = config["model"]["tasks"][0], config["seed"]
-  columns = open_dataset(config["data"])
-  if columns.schema.label(task).kind != "binary":
-    raise UserError(f"label {task!r} is not binary; trees here classify only")
-  run_files.claim_workdir(
-    workdir,
-    {
-      "model_name": "lightgbm",
-      "data": config["data"],
-      "params": PARAMS,
-      "seed": seed,
-    },
-    None,
-  )
-  parts = {split: _matrix(columns, split, task) for split in columns.num_rows}
-  names, categories = _columns(columns)
-  sets = {
-    split: lightgbm.Dataset(
-      parts[split]["x"],
-      parts[split]["y"],
-      feature_name=names,
-      categorical_feature=categories,
-    )
-    for split in ("train", "valid")
-  }
-  start = time.monotonic()
-  booster = lightgbm.train(
-    dict(PARAMS, seed=seed, metric="auc"),
-    sets["train"],
-    num_boost_round=2000,
-    valid_sets=[sets["valid"]],
-    callbacks=[lightgbm.early_stopping(100, verbose=False)],
-  )
-  secs = time.monotonic() - start
-  _write(workdir, booster, parts, columns, task, seed, secs, config)
-
-
-def _write(workdir, booster, parts, columns, task, seed, secs, config):
-  metrics = {}
-  for split in ("valid", "test"):
-    part = parts[split]
-    logits = booster.predict(part["x"], raw_score=True)
-    values = summary.summarize(
-      logits, part["y"].astype(np.float64), groups=part["groups"]
-    )
-    metrics |= {f"{split}/{task}/{k}": v for k, v in values.items()}
-  np.savez_compressed(
-    workdir / "predictions.npz",
-    **{f"{task}/score": logits, f"{task}/label": part["y"]},
-    **{k: v for k, v in part["groups"].items() if k == "group"},
-  )
-  rounds = booster.current_iteration()
-  result = {
-    "model": "lightgbm",
-    "dataset": config["data"]["name"],
-    "seed": seed,
-    "steps": rounds,
-    "best_step": booster.best_iteration,
-    "metrics": metrics,
-    "params": {"dense": None, "sparse": None, "active": None},
-    "flops_per_example": None,
-    "examples_per_sec": rounds * columns.num_rows["train"] / secs,
-  }
-  write_json(workdir / "result.json", result)
+  result = trees.train_and_evaluate(_CONFIG.value.to_dict(), _WORKDIR.value)
   print(json.dumps(result, indent=1))
-
-
-def _columns(columns: Columns) -> tuple[list[str], list[str]]:
-  """Names of the matrix's columns, and which are categories."""
-  schema = columns.schema
-  single = [f for f in schema.id_features if not f.is_list]
-  names = [f.name for f in schema.dense_features] + [f.name for f in single]
-  names += [f"{f.name}_length" for f in schema.id_features if f.is_list]
-  for feature in schema.vector_features:
-    names += [f"{feature.name}_{i}" for i in range(feature.dim)]
-  categories = [
-    f.name for f in single if schema.vocab_sizes[f.vocab] <= MAX_CATEGORIES
-  ]
-  return names, categories
-
-
-def _matrix(columns: Columns, split: str, task: str) -> dict:
-  """Features, labels and groups of a split; rows without the label left out."""
-  schema, blocks = columns.schema, []
-  for rows in np.array_split(
-    np.arange(columns.num_rows[split]), columns.num_rows[split] // 65536 + 1
-  ):
-    batch = columns.read(split, rows)
-    single = [batch.ids[f.name] for f in schema.id_features if not f.is_list]
-    lengths = [mask.sum(axis=1) for mask in batch.id_mask.values()]
-    x = np.stack([*single, *lengths], axis=1).astype(np.float32)
-    vectors = [batch.vectors[f.name] for f in schema.vector_features]
-    seen = batch.label_mask[task]
-    blocks.append(
-      {
-        "x": np.concatenate([batch.dense, x, *vectors], axis=1)[seen],
-        "y": batch.labels[task][seen],
-        "groups": {k: v[seen] for k, v in batch.groups.items()},
-      }
-    )
-  return {
-    "x": np.concatenate([b["x"] for b in blocks]),
-    "y": np.concatenate([b["y"] for b in blocks]),
-    "groups": {
-      k: np.concatenate([b["groups"][k] for b in blocks])
-      for k in blocks[0]["groups"]
-    },
-  }
 
 
 if __name__ == "__main__":

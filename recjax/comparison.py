@@ -6,7 +6,6 @@ correction over the table.
 """
 
 import dataclasses
-import hashlib
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,12 @@ import rich.box
 import rich.markup
 import rich.table
 
-from recjax import schema, statistics
+from recjax import resampling, schema, statistics
 from recjax.errors import UserError
 
 LEVEL = 0.05
-_NUM_SAMPLES = 2000
-# An AUC of other predictions than those scored differs by more than this.
-_SAME_AUC = 1e-3
+# Differences of stored samples and of results agree at least so well.
+_TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +146,22 @@ class Difference(NamedTuple):
     return "yes" if self.bootstrap_p < LEVEL else "no"
 
 
+class StoredBootstrap(NamedTuple):
+  """A bootstrap made while the predictions were there.
+
+  Attributes:
+    seeds: Seeds over which it is averaged.
+    estimate: Model minus baseline.
+  """
+
+  seeds: tuple[int, ...]
+  estimate: statistics.Estimate
+
+
+# (model, metric) -> what is stored of its difference to the baseline.
+Stored = Mapping[tuple[str, str], StoredBootstrap]
+
+
 def comparison_table(
   runs: Sequence[Run],
   metrics: Sequence[str],
@@ -174,12 +188,17 @@ def tables(
   runs: Sequence[Run],
   metrics: Sequence[str],
   baseline: str | None = None,
+  *,
+  stored: Stored | None = None,
 ) -> tuple[Table, ...]:
-  """`comparison_table` and, with a baseline, all numbers of its tests."""
+  """`comparison_table` and, with a baseline, all numbers of its tests.
+
+  `stored` are bootstraps for runs whose predictions are not there.
+  """
   differences = ()
   _check(runs, metrics, baseline)
   if baseline is not None:
-    differences = compare(runs, metrics, baseline)
+    differences = compare(runs, metrics, baseline, stored=stored)
   main = _main_table(runs, metrics, baseline, differences)
   if not differences:
     return (main,)
@@ -191,28 +210,31 @@ def compare(
   metrics: Sequence[str],
   baseline: str,
   *,
-  num_samples: int = _NUM_SAMPLES,
+  num_samples: int = resampling.NUM_SAMPLES,
+  stored: Stored | None = None,
 ) -> tuple[Difference, ...]:
   """Tests every other model against the baseline in every metric.
 
-  The bootstrap draws the users of `predictions.npz` and is made for
-  `test/<task>/auc`, averaged over the common seeds.
+  The bootstrap draws the users of `predictions.npz` and is made for AUC, GAUC
+  and log loss on the test part, averaged over the common seeds.
 
   Args:
     runs: Runs on one dataset.
     metrics: Printed names.
     baseline: Model to compare with.
     num_samples: Draws of the bootstrap.
+    stored: Bootstraps for runs whose predictions are not there.
 
   Returns:
     Differences by model, then in the order of `metrics`. Holm's correction
     goes over all of them, for each of the two tests apart.
 
   Raises:
-    UserError: As `comparison_table`, and if predictions are malformed.
+    UserError: As `comparison_table`, and if predictions are malformed or
+      what is stored is of other runs.
   """
   _check(runs, metrics, baseline)
-  samples = _Samples(num_samples)
+  samples = resampling.Samples(num_samples)
   models = _by_model(runs, baseline)
   found = []
   for model in list(models)[1:]:
@@ -226,6 +248,10 @@ def compare(
       t_test = _t_test(pairs, metric) if pairs else None
       bootstrap, reason = samples.difference(pairs, metric)
       seeds = tuple(run.seed for run, _ in pairs)
+      kept = (stored or {}).get((model, metric))
+      if bootstrap is None and kept is not None:
+        _check_stored(kept, model, metric, seeds, t_test)
+        bootstrap, reason = kept.estimate, ""
       found.append(
         Difference(model, metric, seeds, t_test, 0.0, bootstrap, 0.0, reason)
       )
@@ -237,83 +263,16 @@ def compare(
   )
 
 
-class _Samples:
-  """Bootstrap samples of each run and task, drawn once."""
-
-  def __init__(self, num_samples: int):
-    self._num_samples = num_samples
-    self._found = {}
-
-  def difference(self, pairs, metric):
-    """The estimate, or None and the reason."""
-    split, *task, name = metric.split("/")
-    if split != "test" or len(task) != 1 or name != "auc":
-      return None, "made for test AUC only"
-    if not pairs:
-      return None, "no common seed"
-    lacking = [run for pair in pairs for run in pair if not run.predictions]
-    if lacking:
-      run = lacking[0]
-      return None, f"no predictions.npz of {run.model}, seed {run.seed}"
-    found = [[self._read(run, task[0]) for run in pair] for pair in pairs]
-    if None in [entry for pair in found for entry in pair]:
-      return None, f"predictions.npz lacks {task[0]} or one of its classes"
-    if len({entry[0] for pair in found for entry in pair}) > 1:
-      return None, "predictions are not of the same rows"
-    (value_a, value_b), (samples_a, samples_b) = (
-      [np.array([pair[side][i] for pair in found]) for side in (0, 1)]
-      for i in (1, 2)
+def _check_stored(kept, model, metric, seeds, t_test) -> None:
+  gap = kept.estimate.difference - (t_test.difference if t_test else math.nan)
+  if tuple(kept.seeds) != seeds or not abs(gap) < _TOLERANCE:
+    raise UserError(
+      f"the stored bootstrap of {model} in {metric} is of other runs (seeds"
+      f" {list(kept.seeds)}, difference {kept.estimate.difference:+.4f}) than"
+      f" the results (seeds {list(seeds)}"
+      + (f", difference {t_test.difference:+.4f})" if t_test else ")")
+      + "; run the sweep again"
     )
-    return (
-      statistics.estimate_difference(value_a, value_b, samples_a, samples_b),
-      "",
-    )
-
-  def _read(self, run: Run, task: str):
-    """Fingerprint of the rows, AUC and its samples; None where absent."""
-    if (run.predictions, task) not in self._found:
-      self._found[run.predictions, task] = self._draw(run, task)
-    return self._found[run.predictions, task]
-
-  def _draw(self, run: Run, task: str):
-    try:
-      with np.load(run.predictions, allow_pickle=False) as file:
-        names = (f"{task}/score", f"{task}/label", "group")
-        if any(name not in file for name in names):
-          return None
-        scores, labels, group = (file[name] for name in names)
-    except (ValueError, OSError, EOFError, KeyError) as error:
-      raise UserError(
-        f"{run.predictions}: not a NumPy archive ({error}); evaluate anew"
-      ) from error
-    if not scores.shape == labels.shape == group.shape or scores.ndim != 1:
-      raise UserError(
-        f"{run.predictions}: {names} must be vectors of one length, got"
-        f" {scores.shape}, {labels.shape}, {group.shape}; evaluate anew"
-      )
-    observed = ~np.isnan(labels.astype(np.float64))
-    labels = labels[observed].astype(np.float64)
-    group = group[observed]
-    if np.unique(labels).size < 2:
-      return None
-    try:
-      value, samples = statistics.bootstrap_auc(
-        scores[observed].astype(np.float64),
-        labels,
-        group,
-        num_samples=self._num_samples,
-      )
-    except ValueError as error:
-      raise UserError(f"{run.predictions}: {task}: {error}") from error
-    stated = run.metrics[f"test/{task}/auc"]
-    if not abs(stated - float(value)) < _SAME_AUC:
-      raise UserError(
-        f"{run.predictions}: AUC of {task} is {float(value):.4f}, but"
-        f" {stated:.4f} in result.json; evaluate the run anew"
-      )
-    rows = hashlib.sha256(labels.tobytes() + b"|" + str(group.dtype).encode())
-    rows.update(np.ascontiguousarray(group).tobytes())
-    return rows.digest(), float(value), samples
 
 
 def _check(runs, metrics, baseline) -> None:
@@ -420,9 +379,9 @@ def _difference_table(baseline, differences) -> Table:
         d.metric,
         str(len(d.seeds)),
         "–" if d.t_test is None else f"{d.t_test.difference:+.4f}",
-        _interval(d.t_test),
+        interval_text(d.t_test),
         _p_text(d.t_test, d.t_test_p),
-        _interval(d.bootstrap),
+        interval_text(d.bootstrap),
         _p_text(d.bootstrap, d.bootstrap_p),
         d.verdict,
       )
@@ -458,7 +417,8 @@ def _mark(difference) -> str:
   return f"{difference.t_test.difference:+.4f}{mark}"
 
 
-def _interval(estimate) -> str:
+def interval_text(estimate: statistics.Estimate | None) -> str:
+  """Both ends with four digits; a dash where there is none."""
   if estimate is None or math.isnan(estimate.low):
     return "–"
   return f"[{estimate.low:+.4f}, {estimate.high:+.4f}]"

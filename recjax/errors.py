@@ -8,3 +8,7 @@ class UserError(ValueError):
   and what to do. The commands under `experiments/` print it without a stack
   trace and exit with code 2.
   """
+
+
+class DivergedError(UserError):
+  """A loss or gradient that is not finite; a sweep ranks such a run last."""

@@ -14,11 +14,15 @@ as those under `experiments/results/`. Read are, where present:
 * `predictions.npz`: `<task>/score`, `<task>/label` (NaN: not observed) and
   `group` (the user) of the test rows, for the bootstrap.
 
+A folder of results (`recjax.published`) stands for all runs in it, and brings
+the bootstraps that need predictions too large to keep.
+
 What a run lacks is named in the report. Runs of one model on one dataset that
 differ in the seed form one row. The same runs give the same Markdown, byte for
 byte, in whatever order they come.
 """
 
+import dataclasses
 import glob
 import json
 import math
@@ -31,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import rich.console
 
-from recjax import comparison, figures, writer
+from recjax import comparison, control, figures, published, writer
 from recjax.comparison import Table
 from recjax.errors import UserError
 
@@ -48,6 +52,8 @@ _RESULT_TYPES = {
 }
 _PARTS = ("config.json", "metrics.jsonl", "diagnostics.json", "predictions.npz")
 _MAIN_METRICS = ("auc", "gauc", "logloss")
+_OPENING = re.compile("<!-- table: ([A-Za-z0-9_]+) -->")
+_CLOSING = "<!-- /table -->"
 
 
 def write_report(
@@ -57,6 +63,7 @@ def write_report(
   baseline: str | None = None,
   title: str = "Comparison of models",
   metrics: Sequence[str] | None = None,
+  notes: Sequence[str] = (),
   console: rich.console.Console | None = None,
 ) -> pathlib.Path:
   """Writes `report.md` and its pictures under `figures/`.
@@ -68,6 +75,7 @@ def write_report(
     title: Headline.
     metrics: Columns; None means AUC, GAUC and log loss of each task on the
       test part, or all of its metrics where a dataset has none of these.
+    notes: Sentences below each table of results.
     console: Where to print the tables as well.
 
   Returns:
@@ -85,9 +93,11 @@ def write_report(
     part = [run for run in runs if run.dataset == dataset]
     part.sort(key=lambda run: (run.model != baseline, run.model, run.seed))
     names = main_metrics(part) if metrics is None else tuple(metrics)
-    tables = comparison.tables(part, names, baseline)
+    stored = published.stored_of(part, baseline)
+    main, *others = comparison.tables(part, names, baseline, stored=stored)
+    main = dataclasses.replace(main, notes=(*main.notes, *notes))
     parts.append(f"## {dataset}")
-    for table in tables:
+    for table in (main, *others):
       parts.append(table.to_markdown())
       if console is not None:
         console.print(table.to_rich())
@@ -102,7 +112,8 @@ def load_runs(paths: Iterable[str | os.PathLike]) -> list[comparison.Run]:
   """Reads finished runs.
 
   Args:
-    paths: Workdirs, result files, or patterns (`runs/msn-*`) of either.
+    paths: Workdirs, folders of results, result files, or patterns
+      (`runs/msn-*`) of them.
 
   Returns:
     The runs, sorted by dataset, model and seed.
@@ -118,7 +129,8 @@ def load_runs(paths: Iterable[str | os.PathLike]) -> list[comparison.Run]:
     )
     if not matches:
       raise UserError(f"{pattern}: nothing matches; give workdirs of runs")
-    found += [pathlib.Path(match) for match in matches]
+    for match in map(pathlib.Path, matches):
+      found += published.result_files(match) or [match]
   if not found:
     raise UserError("no runs given; name at least one workdir or result.json")
   runs = {}
@@ -132,6 +144,90 @@ def load_runs(paths: Iterable[str | os.PathLike]) -> list[comparison.Run]:
       )
     runs[key] = run
   return [runs[key] for key in sorted(runs)]
+
+
+def published_tables(directory: pathlib.Path) -> tuple[Table, ...]:
+  """The tables of a folder of results, without titles.
+
+  Args:
+    directory: As `experiments.sweep` writes it; if its `comparison.json` names
+      a control, the second table says which gains are gone there.
+
+  Raises:
+    UserError: If the folder or its control is malformed, or results and
+      `comparison.json` are not of the same runs.
+  """
+  plan = published.read_comparison(directory)
+  runs = load_runs([directory])
+  main = comparison.tables(
+    runs, plan.metrics, plan.baseline, stored=plan.stored
+  )[0]
+  if plan.diverged:
+    note = f"Diverged and left out: {'; '.join(plan.diverged)}."
+    main = dataclasses.replace(main, notes=(*main.notes, note))
+  found = [main]
+  if plan.control is not None:
+    beside = directory.parent / plan.control
+    other = published.read_comparison(beside)
+    differences = [
+      comparison.compare(load_runs([d]), plan.metrics, plan.baseline, stored=s)
+      for d, s in ((directory, plan.stored), (beside, other.stored))
+    ]
+    found.append(control.control_table(*differences, plan.baseline))
+  return tuple(dataclasses.replace(table, title="") for table in found)
+
+
+def update_tables(path: pathlib.Path, results: pathlib.Path) -> bool:
+  """Writes the published tables into a Markdown file.
+
+  Replaces what stands between `<!-- table: NAME -->` and `<!-- /table -->`,
+  each on a line of its own, by the tables of `results/NAME`.
+
+  Args:
+    path: The Markdown file.
+    results: Folder of the folders of results.
+
+  Returns:
+    Whether the file had to be changed.
+
+  Raises:
+    UserError: If the file is missing, its marks do not pair or there are none,
+      or a folder of results is missing or malformed.
+  """
+  try:
+    text = path.read_text(encoding="utf-8")
+  except OSError as error:
+    raise UserError(
+      f"{path}: cannot be read ({error.strerror}); give a Markdown file"
+    ) from error
+  lines, name = [], None
+  for number, line in enumerate(text.splitlines(), start=1):
+    opening = _OPENING.fullmatch(line)
+    if (name is None and line == _CLOSING) or (name is not None and opening):
+      raise UserError(
+        f"{path}, line {number}: {line} is out of place; each"
+        f" <!-- table: NAME --> must be followed by one {_CLOSING}"
+      )
+    if opening:
+      name = opening[1]
+      tables = published_tables(results / name)
+      body = "\n\n".join(table.to_markdown() for table in tables)
+      lines += [line, "", *body.splitlines(), "", _CLOSING]
+    elif line == _CLOSING:
+      name = None
+    elif name is None:
+      lines.append(line)
+  if name is not None:
+    raise UserError(f"{path}: the table {name!r} has no {_CLOSING} after it")
+  if _CLOSING not in lines:
+    raise UserError(
+      f"{path}: holds no <!-- table: NAME --> line; add one and {_CLOSING}"
+      " after it where the table of experiments/results/NAME belongs"
+    )
+  new = "\n".join(lines) + "\n"
+  if new != text:
+    path.write_text(new, encoding="utf-8")
+  return new != text
 
 
 def main_metrics(runs: Sequence[comparison.Run]) -> tuple[str, ...]:

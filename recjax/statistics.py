@@ -8,7 +8,7 @@ takes back. All of it is plain NumPy in float64.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -179,13 +179,92 @@ def bootstrap_auc(
   once = np.ones(num_clusters)
   value = np.array([auc(once) for auc in aucs])
   samples = np.empty((len(aucs), num_samples))
-  rng = np.random.default_rng(seed)
-  for i in range(num_samples):
-    drawn = rng.integers(num_clusters, size=num_clusters)
-    weights = np.bincount(drawn, minlength=num_clusters).astype(np.float64)
+  for i, weights in enumerate(_draws(num_clusters, num_samples, seed)):
     samples[:, i] = [auc(weights) for auc in aucs]
   shape = scores.shape[:-1]
   return value.reshape(shape), samples.reshape(*shape, num_samples)
+
+
+def bootstrap_ratio(
+  numerators: Float[np.ndarray, " clusters"],
+  denominators: Float[np.ndarray, " clusters"],
+  *,
+  num_samples: int = 2000,
+  seed: int = 0,
+) -> tuple[float, Float[np.ndarray, " num_samples"]]:
+  """A ratio of two sums over users, on all users and on each draw of them.
+
+  A mean over rows is one, and so is a mean of the AUCs of users. Draw `i`
+  takes the users that draw `i` of `bootstrap_auc` takes.
+
+  Args:
+    numerators: One entry a user, in ascending order of the users' ids.
+    denominators: One entry a user.
+    num_samples: Draws of as many users as there are, with replacement.
+    seed: Of the draws.
+
+  Returns:
+    The ratio of all, and of each draw: NaN where its denominator is 0.
+
+  Example:
+    >>> loss, rows = np.array([3.0, 1.0]), np.array([2.0, 2.0])
+    >>> value, samples = bootstrap_ratio(loss, rows, num_samples=9)
+    >>> value, sorted(set(samples.tolist()))
+    (1.0, [0.5, 1.0, 1.5])
+  """
+  sums = np.stack([numerators, denominators]).astype(np.float64)
+  drawn = np.empty((2, num_samples))
+  for i, weights in enumerate(_draws(sums.shape[1], num_samples, seed)):
+    # Not `@`: see `_weighted_auc`.
+    drawn[:, i] = np.einsum("rc,c->r", sums, weights)
+  with np.errstate(divide="ignore", invalid="ignore"):
+    samples = np.where(drawn[1] == 0, np.nan, drawn[0] / drawn[1])
+    value = np.divide(*sums.sum(axis=1))
+  return float(value), samples
+
+
+def auc_of_clusters(
+  scores: Float[np.ndarray, " examples"],
+  labels: Shaped[np.ndarray, " examples"],
+  cluster_id: Shaped[np.ndarray, " examples"],
+) -> Float[np.ndarray, " clusters"]:
+  """Exact AUC inside each user, in ascending order of the users' ids.
+
+  Args:
+    scores: Rank keys.
+    labels: 0 or 1.
+    cluster_id: User of each row.
+
+  Returns:
+    Values in [0, 1], a tie counting one half; NaN for users of one class.
+
+  Example:
+    >>> scores, user = np.array([0.1, 0.2, 0.9]), np.array([7, 7, 3])
+    >>> auc_of_clusters(scores, np.array([0, 1, 1]), user).tolist()
+    [nan, 1.0]
+  """
+  _, cluster = np.unique(cluster_id, return_inverse=True)
+  _, rank = np.unique(scores, return_inverse=True)
+  order = np.lexsort((rank, cluster))
+  cluster, rank = cluster[order], rank[order]
+  positive = (labels[order] == 1).astype(np.float64)
+  starts = np.flatnonzero(_changes(cluster))
+  runs = np.flatnonzero(_changes(cluster) | _changes(rank))
+  # A tie counts one half: half of what is below, half of what is not above.
+  upto = np.cumsum(1 - positive)
+  in_run = np.add.reduceat(1 - positive, runs)
+  middle = upto[np.append(runs[1:], cluster.size) - 1] - in_run / 2
+  positives = np.add.reduceat(positive, starts)
+  negatives = np.add.reduceat(1 - positive, starts)
+  before = np.cumsum(negatives) - negatives
+  wins = np.bincount(
+    cluster[runs], np.add.reduceat(positive, runs) * middle, positives.size
+  )
+  pairs = positives * negatives
+  wins -= positives * before
+  return np.divide(
+    wins, pairs, where=pairs > 0, out=np.full(pairs.size, np.nan)
+  )
 
 
 def estimate_difference(
@@ -215,6 +294,14 @@ def estimate_difference(
   side = min(np.sum(samples <= 0), np.sum(samples >= 0))
   p_value = min(1.0, 2 * (1 + float(side)) / (1 + samples.size))
   return Estimate(difference, float(low), float(high), p_value)
+
+
+def _draws(num_clusters, num_samples, seed) -> Iterator[np.ndarray]:
+  """How often each draw takes each cluster."""
+  rng = np.random.default_rng(seed)
+  for _ in range(num_samples):
+    drawn = rng.integers(num_clusters, size=num_clusters)
+    yield np.bincount(drawn, minlength=num_clusters).astype(np.float64)
 
 
 def _weighted_auc(scores, positive, cluster) -> Callable[[np.ndarray], float]:
@@ -261,11 +348,16 @@ def _count(rank, cluster) -> _Entries:
   """Distinct (rank, cluster) pairs in order, with their number of rows."""
   order = np.lexsort((cluster, rank))
   rank, cluster = rank[order], cluster[order]
-  new = np.ones(rank.size, bool)
-  new[1:] = (rank[1:] != rank[:-1]) | (cluster[1:] != cluster[:-1])
-  first = np.flatnonzero(new)
+  first = np.flatnonzero(_changes(rank) | _changes(cluster))
   count = np.diff(np.append(first, rank.size))
   return _Entries(rank[first], cluster[first], count.astype(np.float64))
+
+
+def _changes(values) -> np.ndarray:
+  """True where an entry differs from the one before, and at the first."""
+  new = np.ones(values.size, bool)
+  new[1:] = values[1:] != values[:-1]
+  return new
 
 
 def _t_tails(t: float, freedom: int) -> float:

@@ -29,7 +29,7 @@ from recjax import monitor, parallel, run_files, train_state
 from recjax import optimizer as optimizer_lib
 from recjax.checkpoint import Checkpoints
 from recjax.data.pipeline import make_loader, open_dataset, steps_per_epoch
-from recjax.errors import UserError
+from recjax.errors import DivergedError, UserError
 from recjax.monitor import History
 from recjax.schema import suggest
 from recjax.writer import METRICS_FILE, Progress, Writer, read_lines
@@ -312,7 +312,7 @@ class Trainer:
       return
     scalars = self.placement.scalars(scalars)
     if scalars["skipped"][0] and self.train.non_finite == "stop":
-      raise UserError(
+      raise DivergedError(
         f"the loss or its gradient is not finite at step {step}; the last "
         f"good checkpoint is kept in {self.workdir / 'checkpoints'}; lower "
         "the learning rates, or set train.non_finite=skip to leave such "

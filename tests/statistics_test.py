@@ -164,6 +164,32 @@ class BootstrapTest(absltest.TestCase):
     )
     self.assertEqual(result[:3], (1.0, 1.0, 1.0))
 
+  def test_auc_inside_users_equals_scikit_learn(self):
+    a, _, labels, user = _data(40, 6, seed=5)
+    found = statistics.auc_of_clusters(a, labels, user)
+    for value, one in zip(found, np.unique(user), strict=True):
+      own = user == one
+      if np.unique(labels[own]).size == 2:
+        expected = metrics.roc_auc_score(labels[own], a[own])
+        self.assertAlmostEqual(value, expected, places=12)
+      else:
+        self.assertTrue(math.isnan(value))
+    self.assertBetween(np.isnan(found).sum(), 1, 39)
+
+  def test_ratios_meet_the_draws_of_the_auc(self):
+    numerators, denominators = np.arange(6.0), np.array([1, 2, 0, 1, 1, 3.0])
+    value, samples = statistics.bootstrap_ratio(
+      numerators, denominators, num_samples=30, seed=4
+    )
+    rng, expected = np.random.default_rng(4), []
+    for _ in range(30):
+      drawn = rng.integers(6, size=6)
+      expected.append(numerators[drawn].sum() / denominators[drawn].sum())
+    self.assertAlmostEqual(value, 15 / 8)
+    np.testing.assert_allclose(samples, expected, rtol=1e-12)
+    zero = statistics.bootstrap_ratio(numerators, np.zeros(6), num_samples=3)
+    self.assertTrue(np.isnan(zero[1]).all())
+
   def test_bad_input_is_named(self):
     scores, user = np.array([0.1, 0.2]), np.arange(2)
     for labels, bad_scores, message in (

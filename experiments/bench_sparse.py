@@ -24,15 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import door
+from experiments import bench_data, door
 from recjax import optimizer as optimizer_lib
 from recjax import train_state
-from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers.product_key_memory import MemoryConfig
 from recjax.method import Method
 from recjax.models import msn
-from recjax.schema import Feature, Label, Schema
+from recjax.schema import Schema
 from recjax.sparse.table import ROW_MULTIPLE, Table
 
 _NUM_ROWS = flags.DEFINE_list(
@@ -43,7 +42,6 @@ _REPEATS = flags.DEFINE_integer("repeats", 30, "Timed steps of each size.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and batches.")
 
 MAX_RATIO = 1.5
-_HISTORY = 20
 _NUM_BATCHES = 8
 
 
@@ -102,7 +100,8 @@ class Training:
     )
     rng = np.random.default_rng(seed)
     self.batches = [
-      make_batch(rng, method.schema, batch_size) for _ in range(_NUM_BATCHES)
+      bench_data.make_batch(rng, method.schema, batch_size)
+      for _ in range(_NUM_BATCHES)
     ]
     self.method, self.count = method, 0
     self.state = initial_state(config, seed)
@@ -182,16 +181,7 @@ def tables(config: msn.Config, schema: Schema) -> dict[str, Table]:
 
 def make_method(num_rows: int) -> Method:
   """MSN with two tables of `num_rows` rows."""
-  schema = Schema(
-    features=(
-      Feature("user_id", "sparse"),
-      Feature("item_id", "sparse"),
-      Feature("history", "sequence", vocabulary="item_id", max_len=_HISTORY),
-      Feature("age", "dense"),
-    ),
-    labels=(Label("click"),),
-    vocab_sizes={"user_id": num_rows, "item_id": num_rows},
-  )
+  schema = bench_data.make_schema(num_rows)
   config = msn.Config(
     embed_dim=64,
     memory=MemoryConfig(num_keys=256),
@@ -228,28 +218,6 @@ def initial_state(
     tables=jax.tree.map(grow, small.tables, full.tables),
     table_states=jax.tree.map(grow, small.table_states, full.table_states),
   )
-
-
-def make_batch(rng: np.random.Generator, schema: Schema, size: int) -> Batch:
-  """Examples whose ids are spread evenly over the tables, as caches hate it."""
-  num_rows = schema.vocab_sizes["item_id"]
-  shapes = {"user_id": (size,), "item_id": (size,), "history": (size, _HISTORY)}
-  every = np.ones((size,), bool)
-  batch = Batch(
-    dense=rng.standard_normal((size, 1), np.float32),
-    ids={
-      name: rng.integers(1, num_rows, shape).astype(np.int32)
-      for name, shape in shapes.items()
-    },
-    id_mask={"history": np.ones(shapes["history"], bool)},
-    vectors={},
-    labels={"click": (rng.random(size) < 0.3).astype(np.float32)},
-    label_mask={"click": every},
-    scenario=np.zeros((size,), np.int32),
-    groups={},
-    example_mask=every,
-  )
-  return jax.device_put(batch)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,10 @@ class Config:
 
 
 class MeshPlacement:
-  """`jit` over a mesh; one device is the mesh of one."""
+  """`jit` over a mesh (`data`, `model`); one device is the mesh of one."""
 
-  def __init__(self, config: Config):
-    self.mesh = make_mesh(config)
+  def __init__(self, mesh: jax.sharding.Mesh):
+    self.mesh = mesh
     self.replicated = NamedSharding(self.mesh, P())
     self.batch_sharding = NamedSharding(self.mesh, P(DATA))
 
@@ -146,7 +146,7 @@ class PmapPlacement:
 
   def __init__(self, config: Config):
     self.devices = jax.devices()[: config.num_devices]
-    self._single = MeshPlacement(Config())
+    self._single = MeshPlacement(make_mesh(Config()))
 
   @property
   def num_data(self) -> int:
@@ -219,11 +219,11 @@ def place(config: Config) -> MeshPlacement | PmapPlacement:
   """The wrapper that `config.mode` names."""
   if config.mode == "pmap":
     return PmapPlacement(config)
-  return MeshPlacement(config)
+  return MeshPlacement(make_mesh(config))
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
-  """The mesh (`data`, `model`); the one place that makes meshes."""
+  """The mesh (`data`, `model`) of the devices that are here."""
   num = config.num_devices
   return jax.make_mesh(
     (num // config.model, config.model),

@@ -1,0 +1,183 @@
+r"""Sizes of the papers' models beside what their tables say.
+
+    python -m experiments.paper_sizes [--compile=v5e:4x4]
+
+Counts parameters and operations of each `paper` recipe; with `--compile` the
+whole training step (forward, backward, both optimisers, tables) is lowered and
+compiled by the real TPU compiler for that many chips, tables shared by 4 of
+them, and the memory of a chip and the collectives are printed. No TPU is
+needed, but its compiler is: `pip install 'recjax[tpu]'`.
+
+The papers count no embeddings; nor is the embedding table counted here. Their
+FLOPs are of a batch of 512 (RankMixer) and 2,048 (MSN).
+"""
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from experiments import door
+from recjax import method as method_lib
+from recjax import optimizer as optimizer_lib
+from recjax import parallel, run_files, train_state
+from recjax.data.pipeline import open_dataset
+from recjax.errors import UserError
+from recjax.method import Method, empty_batch
+
+_COMPILE = flags.DEFINE_string(
+  "compile", "", "TPU topology such as v5e:2x4 or v5p:2x2x1; empty for none."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 2048, "Examples a step.")
+
+MODEL_AXIS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Paper:
+  """What a paper's table says of one model.
+
+  Attributes:
+    recipe: File under `experiments/configs/`.
+    overrides: Of its `paper` size.
+    active: Dense parameters that an example uses, in millions.
+    total: All of them, memories and experts included.
+    flops: Forward operations of a batch, in units of 10^9.
+    batch_size: Examples of that batch.
+  """
+
+  recipe: str
+  overrides: dict[str, Any]
+  active: float
+  total: float
+  flops: float
+  batch_size: int
+
+
+MODELS = {
+  "RankMixer-100M": Paper("rankmixer", {}, 107, 107, 233, 512),
+  "RankMixer-1B": Paper(
+    "rankmixer", {"num_tokens": 32, "token_dim": 1536}, 1100, 1100, 2100, 512
+  ),
+  "MSN": Paper("msn", {}, 122, 252, 556, 2048),
+}
+
+
+def main(argv) -> None:
+  """Prints the table and, last, the same as JSON."""
+  del argv
+  mesh = make_tpu_mesh(_COMPILE.value) if _COMPILE.value else None
+  print(
+    f"{'':<16}{'active (paper)':>18}{'total (paper)':>18}"
+    f"{'GFLOPs of a batch (paper)':>30}"
+  )
+  lines = {}
+  for name, paper in MODELS.items():
+    method = make_method(paper)
+    line = lines[name] = count(method, paper)
+    print(
+      f"{name:<16}{line['active'] / 1e6:>9.0f}M ({paper.active:>4.0f}M)"
+      f"{line['total'] / 1e6:>9.0f}M ({paper.total:>4.0f}M)"
+      f"{line['flops'] / 1e9:>12.0f} ({paper.flops:.0f} of {paper.batch_size})"
+    )
+    if mesh is not None:
+      line |= compile_step(method, mesh, _BATCH_SIZE.value)
+      print(
+        f"  compiled for {line['devices']} x {line['kind']} in "
+        f"{line['secs']:.0f} s: {line['state_bytes'] / 2**30:.2f} GiB of state "
+        f"and {line['temp_bytes'] / 2**30:.2f} GiB of temporaries a chip; "
+        + ", ".join(f"{n} {k}" for k, n in line["collectives"].items())
+      )
+  print(json.dumps(lines))
+
+
+def make_method(paper: Paper) -> Method:
+  """The `paper` size of a recipe on the bundled data's features."""
+  recipe = importlib.import_module(f"experiments.configs.{paper.recipe}")
+  config = recipe.get_config("paper").to_dict()
+  model = config["model"] | paper.overrides
+  columns = open_dataset(config["data"])
+  return method_lib.load(paper.recipe, model, columns.schema)
+
+
+def count(method: Method, paper: Paper) -> dict[str, float]:
+  """Parameters without embeddings, and operations of the paper's batch."""
+  params = run_files.count_params(method)
+  batch = empty_batch(method.schema, method.config.tasks)
+  ids = jax.eval_shape(method.ids, batch)
+  embedding = {name: method.tables[name] for name in ids}
+  read = sum(ids[name].size * t.dim for name, t in embedding.items())
+  stored = sum(t.num_rows * t.dim for t in embedding.values())
+  return {
+    "active": params["active"] - read,
+    "total": params["dense"] + params["sparse"] - stored,
+    "flops": run_files.count_flops(method) * paper.batch_size,
+  }
+
+
+def make_tpu_mesh(topology: str) -> Mesh:
+  """A mesh of TPU chips that need not be here."""
+  try:
+    devices = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology
+    ).devices
+  except Exception as error:  # The plugin raises what it likes.
+    raise UserError(
+      f"--compile={topology}: no compiler for it "
+      f"({' '.join(str(error).split())[:200]}); install the tpu extra and name "
+      "a topology such as v5e:2x4"
+    ) from error
+  model = math.gcd(len(devices), MODEL_AXIS)
+  return Mesh(
+    np.array(devices).reshape(-1, model),
+    (parallel.DATA, parallel.MODEL),
+    axis_types=(AxisType.Auto, AxisType.Auto),
+  )
+
+
+def compile_step(method: Method, mesh: Mesh, batch_size: int) -> dict[str, Any]:
+  """Lowers and compiles the whole training step for `mesh`."""
+  config = train_state.StepConfig(
+    method, method.stages[0], optimizer_lib.Config(), num_steps=1000
+  )
+  placement = parallel.MeshPlacement(mesh)
+  state = jax.eval_shape(
+    functools.partial(train_state.init_state, config=config), jax.random.key(0)
+  )
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+  batch = jax.eval_shape(
+    lambda: empty_batch(method.schema, method.config.tasks, batch_size)
+  )
+  step = placement.compile_step(
+    functools.partial(train_state.train_step, config=config), state
+  )
+  start = time.monotonic()
+  compiled = step.lower(
+    jax.tree.map(place, state, placement.shardings(state)),
+    jax.tree.map(lambda x: place(x, placement.batch_sharding), batch),
+  ).compile()
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+  found = {k: len(re.findall(rf"= \S+ {k}(?:-start)?\(", text)) for k in kinds}
+  return {
+    "secs": time.monotonic() - start,
+    "devices": mesh.size,
+    "kind": mesh.devices.flat[0].device_kind,
+    "state_bytes": memory.argument_size_in_bytes,
+    "temp_bytes": memory.temp_size_in_bytes,
+    "collectives": {kind: n for kind, n in found.items() if n},
+  }
+
+
+if __name__ == "__main__":
+  door.run(main)

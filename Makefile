@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# Seconds in place of minutes for the notebooks; empty for all of them.
+SHORT ?= 1
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # Without it JAX looks for accelerators first; set it to cuda or tpu there.
 export JAX_PLATFORMS ?= cpu
@@ -12,10 +14,10 @@ demo: $(VENV)/.run
 	$(RUN) -m experiments.demo --workdir=runs/demo
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest -n 2 --durations=15
+	$(RUN) -m pytest -n 2 -m 'not aot' --durations=15
 
 test-fast: $(VENV)/.dev
-	$(RUN) -m pytest -n 2 -m 'not slow'
+	$(RUN) -m pytest -n 2 -m 'not slow and not aot'
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -29,9 +31,19 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(RUN) -m experiments.bench_pipeline
 	$(RUN) -m experiments.bench_sparse
+	$(RUN) -m experiments.bench_memory
 
-test-aot notebooks soak test-gpu bench-gpu:
-	@echo "make $@: nothing to do yet; it comes with the kernels, notebooks and soaks"
+# In a copy, so that no output gets into the notebooks; minutes without SHORT.
+notebooks: $(VENV)/.dev
+	RECJAX_SHORT=$(SHORT) PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+		$(VENV)/bin/jupyter execute --timeout=600 notebooks/*.ipynb
+
+# One process at a time may use a TPU's compiler, unless it is told otherwise.
+test-aot: $(VENV)/.aot
+	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(RUN) -m pytest -n 2 -m aot tests/aot
+
+soak test-gpu bench-gpu:
+	@echo "make $@: nothing to do yet; it comes with the kernels and soaks"
 
 $(VENV)/.run: requirements.txt
 	@echo "Setting up $(VENV) (about a minute) ..."
@@ -42,6 +54,10 @@ $(VENV)/.run: requirements.txt
 
 $(VENV)/.dev: $(VENV)/.run pyproject.toml
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.aot: $(VENV)/.dev
+	$(PIP) -e '.[aot]'
 	@touch $@
 
 clean:

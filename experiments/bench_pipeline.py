@@ -15,11 +15,11 @@ import statistics
 import tempfile
 import time
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import app, flags
 
+from experiments import bench_data
 from recjax.data.columns import Columns
 from recjax.data.pipeline import make_loader, open_dataset
 
@@ -28,18 +28,15 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4096, "Examples a batch.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed readings of each kind.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the table.")
 
-_NUM_SPARSE = 8
-_NUM_DENSE = 8
-_HISTORY = 50
-_VOCAB_SIZE = 20_000
-
 
 def main(argv) -> None:
   """Runs the benchmark."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   with tempfile.TemporaryDirectory() as folder:
-    path = write_table(pathlib.Path(folder), _NUM_ROWS.value, _SEED.value)
+    path = bench_data.write_table(
+      pathlib.Path(folder), _NUM_ROWS.value, _SEED.value
+    )
     start = time.perf_counter()
     columns = open_dataset(
       {
@@ -78,36 +75,6 @@ def main(argv) -> None:
   )
 
 
-def write_table(
-  folder: pathlib.Path, num_rows: int, seed: int = 0
-) -> pathlib.Path:
-  """Writes `table.parquet` and its schema `table.json`; returns the first."""
-  rng = np.random.default_rng(seed)
-  features = {f"sparse_{i}": {"kind": "sparse"} for i in range(_NUM_SPARSE)}
-  features |= {f"dense_{i}": {"kind": "dense"} for i in range(_NUM_DENSE)}
-  features["history"] = {
-    "kind": "sequence",
-    "vocabulary": "sparse_0",
-    "max_len": _HISTORY,
-  }
-  schema = {
-    "features": features,
-    "labels": {"click": "binary"},
-    "roles": {"user": "sparse_1"},
-    # A part for training that is nearly all: one epoch reads it.
-    "split": {"by": "random", "valid": 0.01, "test": 0.01},
-  }
-  path = folder / "table.parquet"
-  path.with_suffix(".json").write_text(json.dumps(schema))
-  writer = None
-  for start in range(0, num_rows, 50_000):
-    part = _random_rows(rng, min(50_000, num_rows - start))
-    writer = writer or pq.ParquetWriter(path, part.schema)
-    writer.write_table(part)
-  writer.close()
-  return path
-
-
 def read_parquet(path: pathlib.Path) -> int:
   """Reads all columns to NumPy with pyarrow alone; returns the rows."""
   num_rows = 0
@@ -126,20 +93,6 @@ def read_epoch(columns: Columns, batch_size: int) -> int:
   """Reads one shuffled epoch of batches; returns the rows."""
   loader = make_loader(columns, "train", batch_size=batch_size, shuffle=True)
   return sum(int(batch.example_mask.sum()) for batch in loader)
-
-
-def _random_rows(rng, num_rows: int) -> pa.Table:
-  data = {
-    f"sparse_{i}": rng.integers(0, _VOCAB_SIZE, num_rows)
-    for i in range(_NUM_SPARSE)
-  }
-  for i in range(_NUM_DENSE):
-    data[f"dense_{i}"] = rng.standard_normal(num_rows, np.float32)
-  events = rng.integers(0, _VOCAB_SIZE, num_rows * _HISTORY)
-  offsets = np.arange(0, len(events) + 1, _HISTORY, dtype=np.int32)
-  data["history"] = pa.ListArray.from_arrays(offsets, events)
-  data["click"] = (rng.random(num_rows) < 0.3).astype(np.int8)
-  return pa.table(data)
 
 
 def _rate(read, *args) -> float:

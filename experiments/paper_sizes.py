@@ -12,11 +12,13 @@ The papers count no embeddings; nor is the embedding table counted here. Their
 FLOPs are of a batch of 512 (RankMixer) and 2,048 (MSN).
 """
 
+import collections
 import dataclasses
 import functools
 import importlib
 import json
 import math
+import os
 import re
 import time
 from typing import Any
@@ -38,9 +40,16 @@ from recjax.method import Method, empty_batch
 _COMPILE = flags.DEFINE_string(
   "compile", "", "TPU topology such as v5e:2x4 or v5p:2x2x1; empty for none."
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 2048, "Examples a step.")
 
+BATCH_SIZE = 2048  # Examples a step.
 MODEL_AXIS = 4
+# Without these the compiler looks for chips for some seconds and complains.
+_NO_TPU = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +92,9 @@ def main(argv) -> None:
   )
   lines = {}
   for name, paper in MODELS.items():
-    method = make_method(paper)
+    config = recipe_config(paper)
+    columns = open_dataset(config["data"])
+    method = method_lib.load(paper.recipe, config["model"], columns.schema)
     line = lines[name] = count(method, paper)
     print(
       f"{name:<16}{line['active'] / 1e6:>9.0f}M ({paper.active:>4.0f}M)"
@@ -91,23 +102,25 @@ def main(argv) -> None:
       f"{line['flops'] / 1e9:>12.0f} ({paper.flops:.0f} of {paper.batch_size})"
     )
     if mesh is not None:
-      line |= compile_step(method, mesh, _BATCH_SIZE.value)
+      start = time.monotonic()
+      line |= describe(compile_step(method, mesh, BATCH_SIZE))
+      secs = time.monotonic() - start
+      kind = mesh.devices.flat[0].device_kind
       print(
-        f"  compiled for {line['devices']} x {line['kind']} in "
-        f"{line['secs']:.0f} s: {line['state_bytes'] / 2**30:.2f} GiB of state "
+        f"  compiled for {mesh.size} x {kind} in {secs:.0f} s: "
+        f"{line['state_bytes'] / 2**30:.2f} GiB of state "
         f"and {line['temp_bytes'] / 2**30:.2f} GiB of temporaries a chip; "
         + ", ".join(f"{n} {k}" for k, n in line["collectives"].items())
       )
   print(json.dumps(lines))
 
 
-def make_method(paper: Paper) -> Method:
-  """The `paper` size of a recipe on the bundled data's features."""
+def recipe_config(paper: Paper) -> dict[str, Any]:
+  """The `paper` size of a recipe, with what the paper's row changes."""
   recipe = importlib.import_module(f"experiments.configs.{paper.recipe}")
   config = recipe.get_config("paper").to_dict()
-  model = config["model"] | paper.overrides
-  columns = open_dataset(config["data"])
-  return method_lib.load(paper.recipe, model, columns.schema)
+  config["model"] |= paper.overrides
+  return config
 
 
 def count(method: Method, paper: Paper) -> dict[str, float]:
@@ -127,6 +140,8 @@ def count(method: Method, paper: Paper) -> dict[str, float]:
 
 def make_tpu_mesh(topology: str) -> Mesh:
   """A mesh of TPU chips that need not be here."""
+  for name, value in _NO_TPU.items():
+    os.environ.setdefault(name, value)
   try:
     devices = topologies.get_topology_desc(
       platform="tpu", topology_name=topology
@@ -145,8 +160,8 @@ def make_tpu_mesh(topology: str) -> Mesh:
   )
 
 
-def compile_step(method: Method, mesh: Mesh, batch_size: int) -> dict[str, Any]:
-  """Lowers and compiles the whole training step for `mesh`."""
+def compile_step(method: Method, mesh: Mesh, batch_size: int) -> Any:
+  """The whole training step, lowered and compiled for `mesh`."""
   config = train_state.StepConfig(
     method, method.stages[0], optimizer_lib.Config(), num_steps=1000
   )
@@ -154,29 +169,41 @@ def compile_step(method: Method, mesh: Mesh, batch_size: int) -> dict[str, Any]:
   state = jax.eval_shape(
     functools.partial(train_state.init_state, config=config), jax.random.key(0)
   )
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
   batch = jax.eval_shape(
     lambda: empty_batch(method.schema, method.config.tasks, batch_size)
   )
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
   step = placement.compile_step(
     functools.partial(train_state.train_step, config=config), state
   )
-  start = time.monotonic()
-  compiled = step.lower(
+  return step.lower(
     jax.tree.map(place, state, placement.shardings(state)),
     jax.tree.map(lambda x: place(x, placement.batch_sharding), batch),
   ).compile()
-  memory, text = compiled.memory_analysis(), compiled.as_text()
-  kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
-  found = {k: len(re.findall(rf"= \S+ {k}(?:-start)?\(", text)) for k in kinds}
+
+
+def describe(compiled: Any) -> dict[str, Any]:
+  """Bytes of one chip, and how often chips talk to each other."""
+  memory = compiled.memory_analysis()
+  found = collections.Counter(kind for kind, _ in collectives(compiled))
   return {
-    "secs": time.monotonic() - start,
-    "devices": mesh.size,
-    "kind": mesh.devices.flat[0].device_kind,
     "state_bytes": memory.argument_size_in_bytes,
     "temp_bytes": memory.temp_size_in_bytes,
-    "collectives": {kind: n for kind, n in found.items() if n},
+    "collectives": dict(found),
   }
+
+
+def collectives(compiled: Any) -> list[tuple[str, int]]:
+  """Kind and size of the result, in elements, of each collective."""
+  kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+  found = []
+  for line in compiled.as_text().splitlines():
+    match = re.search(rf" = (.*?) ({kinds})(?:-start)?\(", line)
+    if match:
+      shapes = re.findall(r"\[([\d,]*)\]", match[1])
+      sizes = [math.prod(map(int, s.split(","))) if s else 1 for s in shapes]
+      found.append((match[2], max(sizes)))
+  return found
 
 
 if __name__ == "__main__":

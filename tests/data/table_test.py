@@ -14,6 +14,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from table_case import SCHEMA, TableTestCase, small_table
 
+from experiments import bench_data
 from recjax.data import table
 
 
@@ -259,11 +260,9 @@ print(json.dumps([prepared, read]))
 class MemoryTest(TableTestCase):
   def _peaks(self, num_rows):
     """MB of the source, and peak memory after preparing and after reading."""
-    from experiments import bench_pipeline
-
     folder = self.directory / str(num_rows)
     folder.mkdir()
-    path = bench_pipeline.write_table(folder, num_rows)
+    path = bench_data.write_table(folder, num_rows)
     root = pathlib.Path(table.__file__).parents[2]
     done = subprocess.run(
       [sys.executable, "-c", textwrap.dedent(_MEASURE), str(folder)],

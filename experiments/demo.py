@@ -21,7 +21,7 @@ from recjax import comparison, report, train
 
 MODELS = ("rankmixer", "msn")
 STORED = ("dlrm_mlp", "lightgbm")
-RESULTS = pathlib.Path(__file__).parent / "results" / "kuairand_base"
+RESULTS = pathlib.Path(__file__).parent / "results" / "kuairand_recipes"
 METRICS = ("test/click/auc", "test/click/gauc", "test/click/logloss")
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder of the demo.")

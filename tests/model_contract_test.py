@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 
 from recjax import method as method_lib
 from recjax import optimizer as optimizer_lib
-from recjax import train_state
+from recjax import parallel, train_state
 from recjax.sparse import in_model
 from recjax.sparse import table as table_lib
 from tests import toy
@@ -327,6 +327,20 @@ class ModelContractTest(parameterized.TestCase):
     for task in TASKS:
       self.assertEqual(actual[task].dtype, jnp.float32)
       self.assertTrue(bool(jnp.any(actual[task] != expected[task])))
+
+  @parameterized.named_parameters(MODELS)
+  def test_a_mesh_takes_the_same_step_as_one_device(self, name):
+    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    expected = case.step(case.state, batch)
+    placement = parallel.place(parallel.Config(data=4, model=2))
+    state = jax.device_put(case.state, placement.shardings(case.state))
+    step = placement.compile_step(
+      lambda s, b: train_state.train_step(s, b, case.config), state
+    )
+    actual = step(state, placement.put_batch(batch))
+    chex.assert_trees_all_close(
+      jax.device_get(actual), jax.device_get(expected), rtol=1e-4, atol=1e-5
+    )
 
   @parameterized.named_parameters(MODELS)
   def test_zero_taps_have_the_shape_of_the_reads(self, name):

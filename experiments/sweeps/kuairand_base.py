@@ -22,7 +22,7 @@ TREES_SPACE = {
 
 
 def get_sweep() -> Sweep:
-  """The table of README's first results."""
+  """All rankers, tuned alike."""
 
   def model(label, recipe, **words):
     words = {f"model.{key}": value for key, value in words.items()}

@@ -15,9 +15,10 @@ SPACE = {
   "optimizer.learning_rate": (1e-3, 3e-3, 1e-2),
   "optimizer.sparse.learning_rate": (0.01, 0.03),
 }
+# Rules of pairs take many splits; slow rates would take them for an hour.
 TREES_SPACE = {
-  "trees.learning_rate": (0.02, 0.05, 0.1),
-  "trees.num_leaves": (31, 63),
+  "trees.learning_rate": (0.1, 0.2, 0.3),
+  "trees.num_leaves": (63, 255),
 }
 # One narrow layer, so that a run takes a minute on one core.
 SIZE = {

@@ -146,7 +146,10 @@ def _columns(columns: Columns) -> tuple[list[str], list[str]]:
   for feature in schema.vector_features:
     names += [f"{feature.name}_{i}" for i in range(feature.dim)]
   categories = [
-    f.name for f in single if schema.vocab_sizes[f.vocab] <= MAX_CATEGORIES
+    f.name
+    for f in single
+    # Row 0 is for what is missing.
+    if schema.vocab_sizes[f.vocab] <= 1 + MAX_CATEGORIES
   ]
   return names, categories
 

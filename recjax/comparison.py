@@ -21,7 +21,7 @@ from recjax.errors import UserError
 
 LEVEL = 0.05
 # Differences of stored samples and of results agree at least so well.
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from recjax.errors import UserError
 METRICS = ("auc", "gauc", "logloss")
 NUM_SAMPLES = 2000
 # A metric of other predictions than those scored differs by more than this.
-_TOLERANCE = 1e-3
+_TOLERANCE = 1e-5
 
 
 class UserBootstrap(NamedTuple):

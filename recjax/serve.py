@@ -217,7 +217,9 @@ class Encoder:
 
   def _lists(self, values, feature) -> tuple[np.ndarray, np.ndarray]:
     lists = _split(values, feature)
-    lists = [[v for v in row if v is not None and v != ""] for row in lists]
+    lists = [
+      [v for v in row if not _is_missing(v) and v != ""] for row in lists
+    ]
     max_len = feature["max_len"]
     kept = slice(-max_len, None) if feature["kind"] == "sequence" else None
     kept = kept or slice(max_len)
@@ -254,49 +256,48 @@ def map_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _keys(values, kind: str, column: str) -> tuple[np.ndarray, np.ndarray]:
   """64-bit key of each value, and which are missing (their key is 0)."""
-  if isinstance(values, np.ndarray) and values.dtype != object:
-    missing, present = np.zeros(len(values), bool), values
+  # Not as an array: NumPy would turn a NaN among strings into the text "nan",
+  # and large integers beside it into floats that are other integers.
+  values = values.tolist() if isinstance(values, np.ndarray) else list(values)
+  missing = np.array([_is_missing(value) for value in values], bool)
+  present = [v for v, gone in zip(values, missing, strict=True) if not gone]
+  if kind == "string":
+    found = _hash(
+      value if isinstance(value, str) else str(_integer(value, column))
+      for value in present
+    )
   else:
-    missing = np.array([value is None for value in values], bool)
-    present = [value for value in values if value is not None]
-  if not isinstance(present, np.ndarray) and set(map(type, present)) == {str}:
-    texts = present
-  else:
-    try:
-      numbers = np.array(present)
-    except ValueError as error:  # Lists of different lengths.
-      raise _no_id(column) from error
-    if numbers.dtype.kind == "f" and numbers.ndim == 1:
-      is_nan = np.isnan(numbers)
-      missing[np.flatnonzero(~missing)[is_nan]] = True
-      numbers = numbers[~is_nan]
-    texts = numbers.tolist() if numbers.dtype.kind == "U" else None
+    integers = [_integer(value, column) for value in present]
+    found = np.array(integers, np.int64).view(np.uint64)
   keys = np.zeros(len(missing), np.uint64)
-  if texts is None:
-    integers = _integers(numbers, column)
-    texts = map(str, integers.tolist())
-  elif kind == "integer":
+  keys[~missing] = found
+  return keys, missing
+
+
+def _is_missing(value) -> bool:
+  return value is None or (
+    isinstance(value, (float, np.floating)) and bool(value != value)
+  )
+
+
+def _integer(value, column: str) -> int:
+  """An integer, or a text or float that names one."""
+  if isinstance(value, str):
     try:
-      integers = _integers(np.array([int(text) for text in texts]), column)
+      value = int(value)
     except ValueError as error:
       raise InputError(
         f"column {column!r}: {error}; its ids are 64-bit integers"
       ) from error
-  keys[~missing] = (
-    _hash(texts) if kind == "string" else integers.view(np.uint64)
-  )
-  return keys, missing
-
-
-def _integers(numbers: np.ndarray, column: str) -> np.ndarray:
-  """The same numbers as int64."""
-  if numbers.ndim != 1 or numbers.dtype.kind not in "bfui":
+  elif isinstance(value, (float, np.floating)):
+    # Beyond it a float does not tell neighbouring integers apart.
+    if not (abs(value) <= 2**53 and value == int(value)):
+      raise _no_id(column)
+  elif not isinstance(value, (int, np.integer)):
     raise _no_id(column)
-  with np.errstate(invalid="ignore"):
-    integers = numbers.astype(np.int64)
-  if (integers != numbers).any():
+  if not -(2**63) <= int(value) < 2**63:
     raise _no_id(column)
-  return integers
+  return int(value)
 
 
 def _no_id(column: str) -> InputError:
@@ -453,20 +454,29 @@ def _check(scorer: Scorer, tolerance: float | None) -> None:
 
 def _score_lines(scorer: Scorer, path: pathlib.Path) -> None:
   """Prints an object of scores for each line of the file."""
+  names = [feature["name"] for feature in scorer.manifest["features"]]
   with open(path, encoding="utf-8") as file:
-    while lines := list(itertools.islice(file, scorer.max_batch_size)):
+    numbered = enumerate(file, 1)
+    while lines := list(itertools.islice(numbered, scorer.max_batch_size)):
+      rows = []
+      for number, line in lines:
+        try:
+          row = json.loads(line)
+          rows.append([row[name] for name in names])
+        except (ValueError, KeyError, TypeError) as error:
+          raise InputError(
+            f"{path}, line {number}: must be a JSON object with every feature "
+            f"({type(error).__name__}: {error})"
+          ) from error
+      columns = dict(
+        zip(names, map(list, zip(*rows, strict=True)), strict=True)
+      )
       try:
-        rows = [json.loads(line) for line in lines]
-        columns = {
-          f["name"]: [row[f["name"]] for row in rows]
-          for f in scorer.manifest["features"]
-        }
-      except (ValueError, KeyError, TypeError) as error:
+        scores = scorer.score(columns)
+      except InputError as error:
         raise InputError(
-          f"{path}: each line must be a JSON object with every feature "
-          f"({type(error).__name__}: {error})"
+          f"{path}, rows counted from line {lines[0][0]}: {error}"
         ) from error
-      scores = scorer.score(columns)
       for row in zip(*(scores[task].tolist() for task in scores), strict=True):
         print(json.dumps(dict(zip(scores, row, strict=True))))
 

@@ -124,8 +124,8 @@ class Sweep:
 def trial_words(sweep: Sweep, model: Model) -> list[dict[str, Any]]:
   """The settings to try for a model, the same at every call.
 
-  Random values do not depend on the label: models that share a word and its
-  values meet the same ones.
+  Random values do not depend on the label: models of the same space meet the
+  same ones.
   """
   if not sweep.num_trials:
     return []
@@ -314,16 +314,13 @@ def _in_words(sizes: list[float]) -> str:
 
 
 def _check_model(model: Model, sweep: Sweep) -> None:
-  """Builds every setting there is, so that none fails after hours."""
-  words = [{}]
-  for word, values in model.space.items():
+  """Builds every setting that will be run, so that none fails after hours."""
+  for word in model.space:
     if word in ("seed", "label", "train.monitor"):
       raise UserError(f"{word} is set by the sweep; leave it out of the space")
-    is_interval = isinstance(values, Interval)
-    choices = (values.low, values.high) if is_interval else values
-    words += [{word: value} for value in choices]
-  words += [dict(rung) for rung in sweep.rungs]
-  for some in words:
+  trials = trial_words(sweep, model) or [{}]
+  for words, rung in itertools.product(trials, sweep.rungs):
+    some = {**words, **rung}
     config = run_config(sweep, model, some, sweep.tuning_seed)
     if model.trainer == TRAINER:
       _check_config(config)

@@ -251,7 +251,11 @@ def _check_plan(path: pathlib.Path, plan: Sweep) -> None:
       "metric": plan.metric,
       "tuning_seed": plan.tuning_seed,
     },
-    "models": {m.label: _describe(m) for m in plan.models},
+    # The trials themselves: their order is that of the words of the space.
+    "models": {
+      m.label: {**_describe(m), "space": sweep.trial_words(plan, m)}
+      for m in plan.models
+    },
   }
   new = json.loads(json.dumps(new))
   old = _read(path) if path.exists() else {"search": new["search"]}
@@ -299,6 +303,11 @@ def _publish(plan, workdir, results, trials, chosen, diverged):
   ]
   runs = report.load_runs(folders)
   results.mkdir(parents=True, exist_ok=True)
+  kept = {f"{folder.name}.json" for folder in folders}
+  for model in plan.models:
+    for seed in plan.seeds:
+      if f"{model.label}-{seed}.json" not in kept:  # Of an earlier sweep.
+        (results / f"{model.label}-{seed}.json").unlink(missing_ok=True)
   for folder in folders:
     # Runs beside others: their speed says nothing.
     result = {**_read(folder / "result.json"), "examples_per_sec": None}

@@ -106,6 +106,30 @@ class EncoderTest(table_case.TableTestCase):
     self.assertEqual({len(array) for array in arrays.values()}, {0})
 
   @parameterized.named_parameters(
+    ("_among_texts", "user", ["u1", float("nan"), "u2"], ["u1", None, "u2"]),
+    ("_large_ids", "shop", [2**53 + 1, float("nan")], [2**53 + 1, None]),
+    ("_float32", "shop", [np.float32("nan"), np.float32(3)], [None, 3]),
+    ("_in_a_list", "history", [[1, float("nan")], [2]], [[1, None], [2]]),
+    ("_numbers_as_texts", "user", ["u1", 5.0, 7], ["u1", "5", "7"]),
+  )
+  def test_nan_and_floats_are_read_as(self, column, values, expected):
+    data = table_case.small_table(
+      user=["u1", "u2", "5", "7", None, "u1", "u2", "u1"],
+      shop=[2**53, 2**53 + 1, 3, None, 2**53, 3, 3, 3],
+    )
+    encoder = encoder_of(self.open(data))
+    found, wanted = (
+      encoder.encode(
+        {k: v[: len(values)] for k, v in data.items()} | {column: rows}
+      )
+      for rows in (values, expected)
+    )
+    for key, array in wanted.items():
+      np.testing.assert_array_equal(found[key], array, key)
+    if column == "shop":
+      self.assertEqual(len(set(found["ids/shop"].tolist())), 2)
+
+  @parameterized.named_parameters(
     ("_missing_column", {"user": ...}, "column 'user' is missing"),
     ("_short_column", {"item": [1]}, "'item' has 1 rows, 'user' has 2"),
     ("_no_number", {"price": ["a", 1]}, "'price'.*must be a number"),

@@ -1,6 +1,7 @@
 """What a sweep tries, in which order, and what comes out of it."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -122,6 +123,15 @@ class PlanTest(parameterized.TestCase):
       lambda: plan(table_metrics=("test/clik/auc",)),
       "unknown metric 'test/clik/auc'.*mean 'test/click/auc'",
     ),
+    (
+      "setting",
+      lambda: Sweep(
+        (real(space={"model.embed_dim": (4, 8), "model.mlp_dims": ((4,), 8)}),),
+        "b",
+        num_trials=4,
+      ),
+      "b: config.model.mlp_dims must be a list, got 8",
+    ),
     ("search", lambda: plan(search="gird"), "search 'gird'.*mean 'grid'"),
     ("trials", lambda: plan(num_trials=7), "num_trials must be from 0 to 6"),
     ("grid", lambda: plan(num_trials=2), "3 values has 3 trials, but .* is 2"),
@@ -208,26 +218,26 @@ class RunSweepTest(parameterized.TestCase):
   def run_sweep(self, some, name="sweep", limit=None):
     """Runs it in this process; `limit` jobs, then an interruption."""
 
-    def execute(jobs):
-      for job in jobs:
-        if len(self.jobs) == limit:
-          raise KeyboardInterrupt
-        self.jobs.append(job)
-        diverged = None
-        try:
-          sweep_case.train(job.config, job.workdir)
-        except UserError as error:
-          diverged = str(error)
-        yield workers.Outcome(job, diverged, 90.0)
-
     workdir = self.folder / name
     return tuning.run_sweep(
       some,
       workdir,
       workdir / "results",
-      execute=execute,
+      execute=functools.partial(self.execute, limit=limit),
       tell=self.told.append,
     )
+
+  def execute(self, jobs, limit=None):
+    for job in jobs:
+      if len(self.jobs) == limit:
+        raise KeyboardInterrupt
+      self.jobs.append(job)
+      diverged = None
+      try:
+        sweep_case.train(job.config, job.workdir)
+      except UserError as error:
+        diverged = str(error)
+      yield workers.Outcome(job, diverged, 90.0)
 
   def files(self, name="sweep"):
     folder = self.folder / name / "results"
@@ -355,6 +365,32 @@ class RunSweepTest(parameterized.TestCase):
     self.assertEqual(table.notes[-1], "Diverged and left out: b, seed 1.")
     self.assertEqual([row[1] for row in table.rows], ["2", "1"])
 
+  def test_results_of_a_seed_that_diverges_now_are_removed(self):
+    results = self.folder / "shared"
+    run = functools.partial(tuning.run_sweep, results=results, tell=print)
+    run(
+      plan(model("a", {}), num_trials=0),
+      self.folder / "first",
+      execute=self.execute,
+    )
+    self.assertTrue((results / "a-1.json").exists())
+    original = sweep.run_config
+
+    def run_config(some, row, words, seed):
+      config = original(some, row, words, seed)
+      config["model"]["end"] = "diverged" if seed == 1 else "done"
+      return config
+
+    with mock.patch.object(sweep, "run_config", run_config):
+      run(
+        plan(model("a", {}), num_trials=0),
+        self.folder / "second",
+        execute=self.execute,
+      )
+    self.assertFalse((results / "a-1.json").exists())
+    (table,) = report.published_tables(results)
+    self.assertEqual([row[1] for row in table.rows], ["1"])
+
   def test_a_stopped_sweep_ends_as_one_never_stopped(self):
     some = plan()
     self.run_sweep(some, "whole")
@@ -380,6 +416,13 @@ class RunSweepTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(UserError, message):
         self.run_sweep(other)
+    # The same words in another order are other trials.
+    words = {"model.gain": (1.0, 2.0), "model.secs": (0, 1)}
+    self.run_sweep(plan(model("a", words), num_trials=4), "ordered")
+    words = dict(reversed(words.items()))
+    with self.assertRaisesRegex(UserError, "a has another space"):
+      self.run_sweep(plan(model("a", words), num_trials=4), "ordered")
+    self.jobs = self.jobs[:10]
     # But rows may be added, and the table be another one.
     count = len(self.jobs)
     self.run_sweep(

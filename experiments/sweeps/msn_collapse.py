@@ -6,7 +6,7 @@
 
 All 2 x 2 x 2 combinations of the three devices of MSN (arXiv 2602.07526), which
 the paper does not take apart, on the bundled KuaiRand log. A row is named by
-the devices that it has. 24 runs, nothing tuned.
+the devices that it has. 40 runs, nothing tuned.
 """
 
 import itertools
@@ -33,7 +33,6 @@ def get_sweep() -> Sweep:
   return Sweep(
     models=tuple(models),
     baseline="norm_theta_warmup",
-    seeds=(0, 1, 2),
     table_metrics=(
       "test/memory_0/perplexity",
       "test/memory_1/perplexity",

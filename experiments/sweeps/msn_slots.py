@@ -26,6 +26,5 @@ def get_sweep() -> Sweep:
       for num_keys in NUM_KEYS
     ),
     baseline="slots_64x64",
-    seeds=(0, 1, 2),
     table_metrics=("test/click/auc", "test/memory_0/perplexity"),
   )

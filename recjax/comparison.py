@@ -190,15 +190,16 @@ def tables(
   baseline: str | None = None,
   *,
   stored: Stored | None = None,
+  strict: bool = True,
 ) -> tuple[Table, ...]:
   """`comparison_table` and, with a baseline, all numbers of its tests.
 
-  `stored` are bootstraps for runs whose predictions are not there.
+  `stored` and `strict` are those of `compare`.
   """
   differences = ()
   _check(runs, metrics, baseline)
   if baseline is not None:
-    differences = compare(runs, metrics, baseline, stored=stored)
+    differences = compare(runs, metrics, baseline, stored=stored, strict=strict)
   main = _main_table(runs, metrics, baseline, differences)
   if not differences:
     return (main,)
@@ -212,6 +213,7 @@ def compare(
   *,
   num_samples: int = resampling.NUM_SAMPLES,
   stored: Stored | None = None,
+  strict: bool = True,
 ) -> tuple[Difference, ...]:
   """Tests every other model against the baseline in every metric.
 
@@ -224,6 +226,7 @@ def compare(
     baseline: Model to compare with.
     num_samples: Draws of the bootstrap.
     stored: Bootstraps for runs whose predictions are not there.
+    strict: Whether one that is of other runs is an error, or left out.
 
   Returns:
     Differences by model, then in the order of `metrics`. Holm's correction
@@ -250,8 +253,13 @@ def compare(
       seeds = tuple(run.seed for run, _ in pairs)
       kept = (stored or {}).get((model, metric))
       if bootstrap is None and kept is not None:
-        _check_stored(kept, model, metric, seeds, t_test)
-        bootstrap, reason = kept.estimate, ""
+        problem = _of_other_runs(kept, model, metric, seeds, t_test)
+        if problem and strict:
+          raise UserError(f"{problem}; run the sweep again")
+        if problem:
+          reason = problem
+        else:
+          bootstrap, reason = kept.estimate, ""
       found.append(
         Difference(model, metric, seeds, t_test, 0.0, bootstrap, 0.0, reason)
       )
@@ -263,16 +271,17 @@ def compare(
   )
 
 
-def _check_stored(kept, model, metric, seeds, t_test) -> None:
+def _of_other_runs(kept, model, metric, seeds, t_test) -> str:
+  """Why a stored bootstrap is not of these runs; empty if it is."""
   gap = kept.estimate.difference - (t_test.difference if t_test else math.nan)
-  if tuple(kept.seeds) != seeds or not abs(gap) < _TOLERANCE:
-    raise UserError(
-      f"the stored bootstrap of {model} in {metric} is of other runs (seeds"
-      f" {list(kept.seeds)}, difference {kept.estimate.difference:+.4f}) than"
-      f" the results (seeds {list(seeds)}"
-      + (f", difference {t_test.difference:+.4f})" if t_test else ")")
-      + "; run the sweep again"
-    )
+  if tuple(kept.seeds) == seeds and abs(gap) < _TOLERANCE:
+    return ""
+  return (
+    f"the stored bootstrap of {model} in {metric} is of other runs (seeds"
+    f" {list(kept.seeds)}, difference {kept.estimate.difference:+.4f}) than"
+    f" the results (seeds {list(seeds)}"
+    + (f", difference {t_test.difference:+.4f})" if t_test else ")")
+  )
 
 
 def _check(runs, metrics, baseline) -> None:

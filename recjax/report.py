@@ -76,7 +76,7 @@ def write_report(
     metrics: Columns; None means AUC, GAUC and log loss of each task on the
       test part, or all of its metrics where a dataset has none of these.
     notes: Sentences below each table of results.
-    console: Where to print the tables as well.
+    console: Where to print the table of each dataset as well.
 
   Returns:
     Path of `report.md`.
@@ -94,13 +94,15 @@ def write_report(
     part.sort(key=lambda run: (run.model != baseline, run.model, run.seed))
     names = main_metrics(part) if metrics is None else tuple(metrics)
     stored = published.stored_of(part, baseline)
-    main, *others = comparison.tables(part, names, baseline, stored=stored)
+    # Runs chosen by hand may be others than those of a published table.
+    main, *others = comparison.tables(
+      part, names, baseline, stored=stored, strict=False
+    )
     main = dataclasses.replace(main, notes=(*main.notes, *notes))
     parts.append(f"## {dataset}")
-    for table in (main, *others):
-      parts.append(table.to_markdown())
-      if console is not None:
-        console.print(table.to_rich())
+    parts += [table.to_markdown() for table in (main, *others)]
+    if console is not None:
+      console.print(main.to_rich())
     parts += _pictures(part, names, directory, _slug(dataset))
     parts += ["### Runs", _configurations(part), "### Missing", _missing(part)]
   path = directory / "report.md"

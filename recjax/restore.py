@@ -148,6 +148,11 @@ def _read_files(
     raise UserError(
       f"{path}: is damaged ({error}); train the run again in another --workdir"
     ) from error
+  if config.get("model_name") == "lightgbm":
+    raise UserError(
+      f"{workdir}: is a run of LightGBM, which keeps no checkpoint; give one "
+      "of experiments.run"
+    )
   return run_files.check_blocks(config), result
 
 

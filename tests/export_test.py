@@ -305,6 +305,20 @@ class ExportRunTest(run_case.RunTestCase):
       self.export()
     self.assertFalse((self.directory / "out").exists())
 
+  def test_only_a_search_may_leave_golden_rows_out(self):
+    golden = {
+      "tolerance": 0.1,
+      "columns": {"a": list(range(20))},
+      "predictions": {"click": [0.5] * 20},
+    }
+    scorer = mock.create_autospec(serve.Scorer, instance=True)
+    scorer.differences.return_value = np.array([0.0] * 19 + [0.2])
+    with self.assertRaisesRegex(RuntimeError, "differs .* by up to 2.0e-01"):
+      export._agreeing(golden, scorer, 1.0)
+    kept = export._agreeing(golden, scorer, 0.9)
+    self.assertEqual(kept["columns"], {"a": list(range(19))})
+    self.assertLen(kept["predictions"]["click"], 19)
+
   def test_an_export_that_differs_is_not_kept(self):
     self.run_once(run_case.make_config())
     wrong = lambda columns: (  # noqa: E731

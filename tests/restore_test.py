@@ -74,6 +74,8 @@ class RestoreTest(run_case.RunTestCase):
     (workdir / "result.json").unlink()
     check("the run is not finished")
     (workdir / "result.json").write_text('{"metrics": {}}')
+    (workdir / "config.json").write_text('{"model_name": "lightgbm"}')
+    check("is a run of LightGBM")
     (workdir / "config.json").write_text("{")
     check("config.json: is damaged")
 

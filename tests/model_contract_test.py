@@ -333,7 +333,10 @@ class ModelContractTest(parameterized.TestCase):
     case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
     expected = case.step(case.state, batch)
     placement = parallel.place(parallel.Config(data=4, model=2))
-    state = jax.device_put(case.state, placement.shardings(case.state))
+    # A copy: the step takes its state's memory.
+    state = jax.device_put(
+      jax.tree.map(np.array, case.state), placement.shardings(case.state)
+    )
     step = placement.compile_step(
       lambda s, b: train_state.train_step(s, b, case.config), state
     )

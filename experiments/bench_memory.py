@@ -131,7 +131,6 @@ class Memory:
       self.method.stages[0],
       optimizer_lib.Config(),
       num_steps=_REPEATS.value + 1,
-      seed=_SEED.value,
     )
     rng = np.random.default_rng(_SEED.value)
     self.batch = bench_data.make_batch(rng, schema, _BATCH_SIZE.value)

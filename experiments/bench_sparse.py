@@ -96,7 +96,7 @@ class Training:
     self.num_rows = num_rows
     method = make_method(num_rows)
     config = train_state.StepConfig(
-      method, method.stages[0], optimizer_lib.Config(), num_steps, seed=seed
+      method, method.stages[0], optimizer_lib.Config(), num_steps
     )
     rng = np.random.default_rng(seed)
     self.batches = [

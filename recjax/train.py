@@ -366,7 +366,6 @@ class Trainer:
       optimizer=self.optimizer,
       num_steps=max(1, round(share * self._total_steps)),
       first_step=history.stage_start,
-      seed=self.seed,
     )
 
   @functools.cached_property

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from recjax import optimizer as optimizer_lib
 from recjax.batch import Batch
@@ -37,6 +37,7 @@ class TrainState:
     tables: Row-sparse tables as stored.
     table_states: Optimiser state per table.
     num_skipped: Batches left out because they were not finite.
+    rng: Key data of the run's seed, for dropout and the like; never changes.
   """
 
   step: Int[Array, ""]
@@ -46,6 +47,8 @@ class TrainState:
   tables: dict[str, Array]
   table_states: dict[str, dict[str, Array]]
   num_skipped: Int[Array, ""]
+  # Data and no constant of the step: seeds share one compiled program.
+  rng: UInt32[Array, " words"]
 
   @property
   def eval_params(self) -> Any:
@@ -63,7 +66,6 @@ class StepConfig:
     optimizer: The optimiser block.
     num_steps: Steps of the stage.
     first_step: `TrainState.step` at the stage's start.
-    seed: Seed of dropout and the like.
   """
 
   method: Method
@@ -71,7 +73,6 @@ class StepConfig:
   optimizer: optimizer_lib.Config
   num_steps: int
   first_step: int = 0
-  seed: int = 0
 
   def dense_optimizer(self, params: Any) -> optax.GradientTransformation:
     """The dense optimiser for these parameters."""
@@ -105,15 +106,19 @@ def init_state(rng: Array, config: StepConfig) -> TrainState:
       for name, table in config.method.tables.items()
     },
     num_skipped=jnp.int32(0),
+    rng=jax.random.key_data(rng),
   )
 
 
 def start_stage(state: TrainState, config: StepConfig) -> TrainState:
   """The state at the begin of a later stage: a new dense optimiser state."""
   if config.stage.initialize_from == "scratch":
-    rng = jax.random.fold_in(jax.random.key(config.seed), config.first_step)
-    fresh = init_state(rng, config)
-    return fresh.replace(step=state.step, num_skipped=state.num_skipped)
+    fresh = init_state(
+      jax.random.fold_in(_key(state), config.first_step), config
+    )
+    return fresh.replace(
+      step=state.step, num_skipped=state.num_skipped, rng=state.rng
+    )
   optimizer = config.dense_optimizer(state.params)
   return state.replace(opt_state=optimizer.init(state.params))
 
@@ -200,7 +205,7 @@ def loss_and_gradients(
     gradients) by table, of the rows read before and inside the model.
   """
   method, stage = config.method, config.stage
-  rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+  rng = jax.random.fold_in(_key(state), state.step)
   if axis_name is not None:
     rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
   loss_fn = stage.loss_fn or method.module.loss_fn
@@ -243,6 +248,10 @@ def loss_and_gradients(
     name: reads for name, reads in row_grads.items() if config.table_scale(name)
   }
   return terms, {"params": grads["params"], "row_grads": row_grads}
+
+
+def _key(state: TrainState) -> Array:
+  return jax.random.wrap_key_data(state.rng)
 
 
 def _gradient(loss, variables):

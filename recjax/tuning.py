@@ -1,9 +1,10 @@
 """Does what a `recjax.sweep.Sweep` says, and publishes what comes out.
 
 A sweep's folder holds `plan.json`, `trials/<label>-<trial>-<rung>/` and
-`runs/<label>-<seed>/`, workdirs as of any run, and `logs/`. It may be killed
-at any time: run again, finished runs are kept and stopped ones go on from
-their checkpoints, so that the results are those of a sweep never stopped.
+`runs/<label>-<seed>/`, workdirs as of any run, `logs/` and `programs/`, what
+was compiled. It may be killed at any time: run again, finished runs are kept
+and stopped ones go on from their checkpoints, so that the results are those of
+a sweep never stopped.
 """
 
 import contextlib
@@ -75,7 +76,7 @@ def run_sweep(
   with contextlib.ExitStack() as stack:
     stack.enter_context(_claim(workdir, plan))
     if execute is None:
-      pool = workers.Workers(shares, workdir / "logs")
+      pool = workers.Workers(shares, workdir)
       execute = stack.enter_context(pool).run
     runs = _Runs(plan, workdir, execute, tell, num_processes)
     trials = _tune(plan, runs)

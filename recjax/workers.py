@@ -33,6 +33,8 @@ from recjax.errors import DivergedError, UserError
 
 # Size of the thread pool of XLA on a CPU; of no meaning on other devices.
 _ONE_THREAD = {"PJRT_NPROC": "1"}
+# Where compiled programs are kept, unless the user has set another place.
+_PROGRAMS = "JAX_COMPILATION_CACHE_DIR"
 
 
 class Job(NamedTuple):
@@ -96,17 +98,20 @@ class Workers:
 
   Args:
     shares: From `core_shares`; one process each.
-    logs: Folder for what the runs print, one file a run.
+    folder: Holds `logs/`, what the runs print, one file a run, and
+      `programs/`, what they compile: runs that differ in their seed share it.
   """
 
-  def __init__(self, shares: Sequence[set[int] | None], logs: pathlib.Path):
+  def __init__(self, shares: Sequence[set[int] | None], folder: pathlib.Path):
+    logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     self._logs = logs
     self._workers = []
+    options = {_PROGRAMS: str((folder / "programs").resolve()), **os.environ}
     with contextlib.ExitStack() as stack:
       stack.callback(self._end)
       for share in shares:
-        self._workers.append(_start(share))
+        self._workers.append(_start(share, options))
       stack.pop_all()
 
   def __enter__(self) -> "Workers":
@@ -170,7 +175,7 @@ class _Worker:
     self.start = 0.0
 
 
-def _start(share: set[int] | None) -> _Worker:
+def _start(share: set[int] | None, options: Mapping[str, str]) -> _Worker:
   # Inherited by the child and thus by every thread that its imports start.
   before = os.sched_getaffinity(0) if share else None
   try:
@@ -181,7 +186,7 @@ def _start(share: set[int] | None) -> _Worker:
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
-      env={**os.environ, **_ONE_THREAD},
+      env={**options, **_ONE_THREAD},
     )
   finally:
     if before:

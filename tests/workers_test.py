@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -36,7 +37,7 @@ class WorkersTest(parameterized.TestCase):
 
   def run_jobs(self, *jobs, num_processes=1):
     shares = workers.core_shares(num_processes)
-    with workers.Workers(shares, self.folder / "logs") as pool:
+    with workers.Workers(shares, self.folder) as pool:
       return list(pool.run(jobs))
 
   def started(self):
@@ -55,6 +56,16 @@ class WorkersTest(parameterized.TestCase):
     self.assertEqual(
       (self.folder / "logs" / "a.log").read_text(), "what a run prints\n"
     )
+
+  def test_programs_are_kept_in_the_folder_or_where_the_user_says(self):
+    name = "JAX_COMPILATION_CACHE_DIR"
+    for place in (str(self.folder / "programs"), "/somewhere"):
+      with mock.patch.dict(os.environ, {name: place}):
+        if "programs" in place:
+          del os.environ[name]
+        self.run_jobs(self.job("a", "programs"))
+      log = (self.folder / "logs" / "a.log").read_text()
+      self.assertEqual(log.splitlines()[-1], place)
 
   @absltest.skipIf(len(CORES) < 2, "needs two cores")
   def test_several_at_a_time_each_on_its_own_cores(self):
@@ -96,8 +107,8 @@ class WorkersTest(parameterized.TestCase):
     script = (
       "import pathlib\nfrom recjax import workers\n"
       f"job = workers.Job(*{tuple(self.job('a', secs=300))!r})\n"
-      f"logs = pathlib.Path({str(self.folder)!r})\n"
-      "with workers.Workers([None], logs) as pool:\n"
+      f"folder = pathlib.Path({str(self.folder)!r})\n"
+      "with workers.Workers([None], folder) as pool:\n"
       "  print(pool._workers[0].process.pid, flush=True)\n"
       "  list(pool.run([job]))\n"
     )

@@ -42,6 +42,7 @@ from absl import logging
 from jax import export as jax_export
 from jaxtyping import Array
 
+import pallas_kernels
 from recjax import optimizer as optimizer_lib
 from recjax import restore, serve
 from recjax.batch import Batch
@@ -143,12 +144,12 @@ def make_artefact(
       train=False,
     )[0]
 
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights
-  )
-  program = jax_export.export(jax.jit(predict), platforms=PLATFORMS)(
-    shapes, _array_shapes(method.schema)
-  )
+  shapes = jax.eval_shape(lambda: weights)
+  # No kernels: they are bound to a machine.
+  with pallas_kernels.use("xla"):
+    program = jax_export.export(jax.jit(predict), platforms=PLATFORMS)(
+      shapes, _array_shapes(method.schema)
+    )
   return program, weights
 
 

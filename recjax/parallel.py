@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import pallas_kernels
 from recjax.batch import Batch
 from recjax.errors import UserError
 
@@ -98,7 +99,7 @@ class MeshPlacement:
   ) -> Callable[..., Any]:
     """`step(state, batch) -> (state, scalars)` with the state donated."""
     return jax.jit(
-      step,
+      self._traced(step),
       donate_argnums=0,
       out_shardings=(self.shardings(state), self.replicated),
     )
@@ -109,7 +110,7 @@ class MeshPlacement:
 
   def compile_eval(self, fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn(state, batch)` whose outputs are whole on every device."""
-    return jax.jit(fn, out_shardings=self.replicated)
+    return jax.jit(self._traced(fn), out_shardings=self.replicated)
 
   def put_batch(self, batch: Batch) -> Batch:
     """The host's part of a global batch, split over `data`."""
@@ -139,6 +140,19 @@ class MeshPlacement:
   def scalars(self, tree: Any) -> Any:
     """Results of a step on the host."""
     return jax.device_get(tree)
+
+  def _traced(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` as it is traced for this mesh."""
+    if self.mesh.size == 1:
+      return fn
+
+    def run(*args):
+      # The compiler cannot cut the call of a kernel into parts: it would
+      # gather every table and batch on each device.
+      with pallas_kernels.use("xla"):
+        return fn(*args)
+
+    return run
 
 
 class PmapPlacement:

@@ -168,8 +168,11 @@ def published_tables(directory: pathlib.Path) -> tuple[Table, ...]:
     note = f"Diverged and left out: {'; '.join(plan.diverged)}."
     main = dataclasses.replace(main, notes=(*main.notes, note))
   found = [main]
-  if plan.control is not None:
-    beside = directory.parent / plan.control
+  beside = directory.parent / (plan.control or "")
+  if plan.control is not None and not beside.is_dir():
+    note = f"Whether a gain is gone in the control is open: no {plan.control}/."
+    found[0] = dataclasses.replace(main, notes=(*main.notes, note))
+  elif plan.control is not None:
     other = published.read_comparison(beside)
     differences = [
       comparison.compare(load_runs([d]), plan.metrics, plan.baseline, stored=s)

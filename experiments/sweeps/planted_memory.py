@@ -12,8 +12,8 @@ from experiments.sweeps import common
 from recjax.sweep import Sweep
 
 SPACE = {
-  "optimizer.learning_rate": (1e-3, 3e-3, 1e-2),
-  "optimizer.sparse.learning_rate": (0.01, 0.03),
+  "optimizer.learning_rate": (3e-3, 1e-2, 3e-2),
+  "optimizer.sparse.learning_rate": (0.03, 0.1),
 }
 # Rules of pairs take many splits; slow rates would take them for an hour.
 TREES_SPACE = {

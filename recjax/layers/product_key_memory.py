@@ -9,7 +9,7 @@ et al., SimVQ, arXiv 2411.02038 (over-parameterised keys).
 | sqrt(n) sub-keys K_row, K_col | `row_keys`, `col_keys`, `num_keys` each |
 | Theta_row, Theta_col | `row_theta`, `col_theta` |
 | V, the value table | the in-model table `values` |
-| S_row, S_col, TopK, A | `product_key_top_k` |
+| S_row, S_col, TopK, A | `pallas_kernels.product_key_lookup` |
 | v_o = sum_a w_a V[a] | the layer's output |
 
 Not stated in MSN, our choice (each a field of `MemoryConfig`): Theta acts
@@ -26,9 +26,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+import pallas_kernels
 from recjax.errors import UserError
 from recjax.layers.per_token import PerTokenDense
 from recjax.sparse import in_model
@@ -38,6 +38,7 @@ SCOPES = ("per_token", "per_sample")
 VALUE_SCOPES = ("shared", "per_token")
 THETA_SIDES = ("right", "left")
 VALUE_DTYPES = ("float32", "bfloat16")
+AXES = ("row", "col")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +143,7 @@ class ProductKeyMemory(nn.Module):
     source = x
     if config.query_scope == "per_sample":
       source = x.mean(axis=0, keepdims=True)
-    row_scores, col_scores = self._scores(source)
-    scores, slots = product_key_top_k(row_scores, col_scores, config.top_k)
-    weights = jax.nn.softmax(scores, axis=-1)
+    weights, slots = self._search(source)
 
     if config.value_scope == "per_token":
       offset = config.num_slots * jnp.arange(num_tokens)
@@ -162,12 +161,13 @@ class ProductKeyMemory(nn.Module):
     output = jnp.broadcast_to(output, x.shape)
     return output, {"slots": slots, "weights": weights}
 
-  def _scores(
+  def _search(
     self, x: Float[Array, "tokens batch dim"]
   ) -> tuple[
-    Float[Array, "tokens batch heads keys"],
-    Float[Array, "tokens batch heads keys"],
+    Float[Array, "tokens batch heads top_k"],
+    Int[Array, "tokens batch heads top_k"],
   ]:
+    """Weights and slots of every query."""
     config = self.config
     tokens, batch, _ = x.shape
     width = 2 * config.num_heads * config.key_dim
@@ -176,15 +176,13 @@ class ProductKeyMemory(nn.Module):
     queries = queries.astype(jnp.float32).reshape(
       tokens, batch, 2, config.num_heads, config.key_dim
     )
-    scores = []
-    for axis, name in enumerate(("row", "col")):
-      query = queries[:, :, axis]
-      if config.use_layer_norm:
-        gain = self._gain(f"{name}_query_gain")
-        query = layer_norm(query, gain)
-      keys = self._keys(name)
-      scores.append(jnp.einsum("tbhd,hnd->tbhn", query, keys))
-    return scores[0], scores[1]
+    gain = None
+    if config.use_layer_norm:
+      gain = jnp.stack([self._gain(f"{name}_query_gain") for name in AXES])
+    keys = jnp.stack([self._keys(name) for name in AXES])
+    return pallas_kernels.product_key_lookup(
+      queries, keys, config.top_k, gain=gain
+    )
 
   def _keys(self, name: str) -> Float[Array, "heads keys dim"]:
     config = self.config
@@ -206,37 +204,6 @@ class ProductKeyMemory(nn.Module):
   def _gain(self, name: str) -> Float[Array, " dim"]:
     dim = self.config.key_dim
     return self.param(name, nn.initializers.constant(dim**-0.25), (dim,))
-
-
-def product_key_top_k(
-  row_scores: Float[Array, "... keys"],
-  col_scores: Float[Array, "... keys"],
-  top_k: int,
-) -> tuple[Float[Array, "... top_k"], Int[Array, "... top_k"]]:
-  """The `top_k` best of all sums `row_scores[i] + col_scores[j]`, exactly.
-
-  The best sums lie in the grid of the best rows and the best columns. With
-  both sorted, the pair (i, j), counted from 1, is beaten or matched by i * j -
-  1 others, so only pairs with i * j <= top_k are looked at.
-
-  Returns:
-    Scores in descending order and slots `row * keys + col`.
-  """
-  num_keys = row_scores.shape[-1]
-  row_best, rows = jax.lax.top_k(row_scores, top_k)
-  col_best, cols = jax.lax.top_k(col_scores, top_k)
-  i, j = candidate_pairs(top_k)
-  sums = row_best[..., i] + col_best[..., j]
-  scores, winners = jax.lax.top_k(sums, top_k)
-  slots = rows[..., i] * num_keys + cols[..., j]
-  return scores, jnp.take_along_axis(slots, winners, axis=-1)
-
-
-def candidate_pairs(top_k: int) -> tuple[np.ndarray, np.ndarray]:
-  """0-based (i, j) with (i + 1) * (j + 1) <= top_k: 119 pairs at 32."""
-  i, j = np.divmod(np.arange(top_k * top_k), top_k)
-  keep = (i + 1) * (j + 1) <= top_k
-  return i[keep], j[keep]
 
 
 def effective_keys(
@@ -277,7 +244,7 @@ def fold_keys(params: dict[str, Any], config: MemoryConfig) -> dict[str, Any]:
     for name, value in params.items()
     if not name.endswith(("_theta", "_key_gain"))
   }
-  for axis in ("row", "col"):
+  for axis in AXES:
     folded[f"{axis}_keys"] = effective_keys(
       params[f"{axis}_keys"],
       params.get(f"{axis}_theta"),

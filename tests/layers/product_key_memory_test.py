@@ -93,40 +93,6 @@ def keys_of(params, config):
   }
 
 
-class ProductKeyTopKTest(parameterized.TestCase):
-  @parameterized.product(num_keys=(1, 5, 16), top_k=(1, 4, 16), ties=(0, 1))
-  def test_equals_brute_force_over_all_slots(self, num_keys, top_k, ties):
-    top_k = min(top_k, num_keys)
-    rng = np.random.default_rng(num_keys + top_k)
-    row, col = rng.normal(size=(2, 7, 3, num_keys)).astype(np.float32)
-    if ties:
-      row, col = (rng.integers(0, 3, (7, 3, num_keys)) for _ in range(2))
-      row, col = row.astype(np.float32), col.astype(np.float32)
-    scores, slots = pkm.product_key_top_k(
-      jnp.asarray(row), jnp.asarray(col), top_k
-    )
-    every = (row[..., :, None] + col[..., None, :]).reshape(7, 3, -1)
-    expected = -np.sort(-every, axis=-1)[..., :top_k]
-    np.testing.assert_array_equal(scores, expected)
-    slots = np.asarray(slots)
-    at_slots = np.take_along_axis(every, slots, axis=-1)
-    np.testing.assert_array_equal(at_slots, expected)
-    self.assertTrue((np.diff(np.sort(slots), axis=-1) > 0).all())
-
-  @parameterized.parameters(1, 2, 7, 32)
-  def test_pruned_grid_holds_every_winner_of_the_full_grid(self, top_k):
-    i, j = pkm.candidate_pairs(top_k)
-    self.assertLen(i, sum(top_k // n for n in range(1, top_k + 1)))
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-      row, col = -np.sort(-rng.exponential(size=(2, top_k)))
-      full = np.sort((row[:, None] + col).ravel())[-top_k:]
-      np.testing.assert_array_equal(np.sort(row[i] + col[j])[-top_k:], full)
-
-  def test_looks_at_119_pairs_for_32(self):
-    self.assertLen(pkm.candidate_pairs(32)[0], 119)
-
-
 class ProductKeyMemoryTest(parameterized.TestCase):
   @parameterized.named_parameters(NAMED)
   def test_equals_brute_force(self, choice):

@@ -1,0 +1,1 @@
+"""The best of all sums of two score vectors, and the memory search on it."""

@@ -1,0 +1,1 @@
+"""The k largest entries of each row; see `api`."""

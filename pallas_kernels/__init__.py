@@ -10,6 +10,19 @@ from pallas_kernels.product_key_topk.api import (
   product_key_lookup,
   product_key_topk,
 )
+from pallas_kernels.row_update.api import row_update
+from pallas_kernels.sparse_gather.api import (
+  sparse_gather,
+  sparse_gather_row_grads,
+)
 from pallas_kernels.top_k.api import top_k
 
-__all__ = ["product_key_lookup", "product_key_topk", "top_k", "use"]
+__all__ = [
+  "product_key_lookup",
+  "product_key_topk",
+  "row_update",
+  "sparse_gather",
+  "sparse_gather_row_grads",
+  "top_k",
+  "use",
+]

@@ -185,7 +185,9 @@ def _inner(eqn: core.JaxprEqn, stack: str):
       count_jaxpr(eqn.params[key].jaxpr, stack)
       for key in ("body_jaxpr", "cond_jaxpr")
     )
-  inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+  inner = next(
+    (eqn.params[name] for name in _INNER if name in eqn.params), None
+  )
   if inner is None or name not in _CALLS:
     return None
   counts = count_jaxpr(getattr(inner, "jaxpr", inner), stack)
@@ -201,9 +203,11 @@ def _add(counts: Iterator[tuple[dict[str, int], dict[str, int]]]):
   return flops, transcendentals
 
 
+# Where an operation holds the operations that it is made of.
+_INNER = ("jaxpr", "call_jaxpr", "call")
 _CALLS = frozenset(
   "jit pjit closed_call core_call remat remat2 checkpoint custom_jvp_call "
-  "custom_vjp_call custom_lin scan".split()
+  "custom_vjp_call custom_vmap_call custom_lin scan".split()
 )
 _FREE = frozenset(
   "broadcast_in_dim concatenate copy copy_p device_put dynamic_slice "

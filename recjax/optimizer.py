@@ -16,18 +16,20 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from pallas_kernels.row_update.optimizers import Rule
 from recjax.errors import UserError
 from recjax.schema import suggest
-from recjax.sparse.row_optimizers import make_row_optimizer
-from recjax.sparse.update import UpdateRule
 
+SPARSE = ("rowwise_adagrad", "adagrad", "lazy_adam", "sgd")
 DENSE = ("adamw", "rmsprop", "adagrad", "sgd")
 SCHEDULES = ("constant", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
 class SparseConfig:
-  """Optimiser of the row-sparse tables; see `sparse.row_optimizers`.
+  """Optimiser of the row-sparse tables.
+
+  The optimisers are defined in `pallas_kernels.row_update.optimizers`.
 
   Attributes:
     name: `rowwise_adagrad`, `adagrad`, `lazy_adam` or `sgd`.
@@ -100,7 +102,7 @@ class Config:
       _check_number(name, getattr(self, name))
     for rule in self.scale_rules:
       _parse_rule(rule)
-    make_row_optimizer(self.sparse.name)
+    _check_choice("optimizer.sparse.name", self.sparse.name, SPARSE)
 
 
 def make_dense_optimizer(
@@ -131,11 +133,12 @@ def make_dense_optimizer(
   return optax.chain(*steps, optax.partition(transforms, scales))
 
 
-def make_update_rule(config: Config) -> UpdateRule:
+def make_update_rule(config: Config) -> Rule:
   """How touched rows move."""
   sparse = config.sparse
-  return UpdateRule(
-    optimizer=make_row_optimizer(sparse.name, eps=sparse.eps),
+  return Rule(
+    optimizer=sparse.name,
+    eps=sparse.eps,
     weight_decay=sparse.weight_decay,
     clip_norm=sparse.clip_norm,
   )

@@ -15,11 +15,11 @@ import optax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from pallas_kernels.row_update.optimizers import make_row_optimizer
 from recjax import optimizer as optimizer_lib
 from recjax.batch import Batch
 from recjax.method import Method, Stage
-from recjax.sparse import in_model
-from recjax.sparse.update import UpdateRule, apply_row_gradients
+from recjax.sparse.update import RowGradients, apply_row_gradients
 
 Scalars = dict[str, tuple[Array, Array]]
 
@@ -92,7 +92,8 @@ class StepConfig:
 def init_state(rng: Array, config: StepConfig) -> TrainState:
   """A fresh state; jit it with shardings, so that it is born where it lives."""
   params, tables = config.method.init(rng)
-  update_rule = optimizer_lib.make_update_rule(config.optimizer)
+  rule = optimizer_lib.make_update_rule(config.optimizer)
+  row_optimizer = make_row_optimizer(rule.optimizer)
   return TrainState(
     step=jnp.int32(0),
     params=params,
@@ -102,7 +103,7 @@ def init_state(rng: Array, config: StepConfig) -> TrainState:
     ),
     tables=tables,
     table_states={
-      name: update_rule.optimizer.init(*table.shape)
+      name: row_optimizer.init(*table.shape)
       for name, table in config.method.tables.items()
     },
     num_skipped=jnp.int32(0),
@@ -156,7 +157,10 @@ def train_step(
   )
   grad_norm = optax.tree.norm(param_grads)
   row_norms = [
-    jnp.sum(jnp.abs(grads)) for table in reads.values() for _, grads in table
+    jnp.sum(jnp.abs(x))
+    for read in reads.values()
+    for x in (read.grads, read.weights)
+    if x is not None
   ]
   ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm + sum(row_norms))
 
@@ -201,8 +205,8 @@ def loss_and_gradients(
 
   Returns:
     {name: (sum, weight)} of this device, and the gradients of the global mean
-    with respect to `params` (this device's part) and, as lists of (ids,
-    gradients) by table, of the rows read before and inside the model.
+    with respect to `params` (this device's part) and, as `RowGradients` by
+    table, of the rows read before and inside the model.
   """
   method, stage = config.method, config.stage
   rng = jax.random.fold_in(_key(state), state.step)
@@ -238,14 +242,14 @@ def loss_and_gradients(
   (_, (terms, reads)), grads = gradient_fn(loss, variables)
   ids = method.ids(batch)
   row_grads = {
-    name: [(ids[name], grads["rows"][name])] for name in grads["rows"]
+    name: RowGradients(ids[name], grads["rows"][name]) for name in grads["rows"]
   }
   for name, read in reads.items():
-    row_grads[name] = [
-      in_model.row_gradients(**read, output_grad=grads["taps"][name])
-    ]
+    row_grads[name] = RowGradients(
+      read["ids"], grads["taps"][name], read["weights"]
+    )
   row_grads = {
-    name: reads for name, reads in row_grads.items() if config.table_scale(name)
+    name: read for name, read in row_grads.items() if config.table_scale(name)
   }
   return terms, {"params": grads["params"], "row_grads": row_grads}
 
@@ -289,17 +293,17 @@ def _stop_frozen(params, config: StepConfig):
 def _update_tables(
   state: TrainState, reads, ok: Bool[Array, ""], config: StepConfig
 ):
-  rule: UpdateRule = optimizer_lib.make_update_rule(config.optimizer)
+  rule = optimizer_lib.make_update_rule(config.optimizer)
   factor = optimizer_lib.factor(config.optimizer, config.num_steps)
   rate = config.optimizer.sparse.learning_rate * factor(
     state.step - config.first_step
   )
   tables, table_states = dict(state.tables), dict(state.table_states)
-  for name, table_reads in reads.items():
+  for name, read in reads.items():
     tables[name], table_states[name] = apply_row_gradients(
       tables[name],
       table_states[name],
-      table_reads,
+      read,
       table=config.method.tables[name],
       rule=rule,
       learning_rate=config.table_scale(name) * rate,

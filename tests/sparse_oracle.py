@@ -3,6 +3,18 @@
 import numpy as np
 
 
+def dense_gradient(read, shape):
+  """`RowGradients` as the gradient of the whole table, in float64."""
+  total = np.zeros(shape)
+  grads = np.asarray(read.grads, np.float64)
+  if read.weights is not None:
+    grads = np.asarray(read.weights)[..., None] * grads[..., None, :]
+  ids = np.ravel(read.ids)
+  inside = (ids >= 0) & (ids < shape[0])
+  np.add.at(total, ids[inside], grads.reshape(-1, shape[1])[inside])
+  return total
+
+
 class RowOracle:
   """One of `sgd`, `rowwise_adagrad`, `adagrad`, `lazy_adam`."""
 

@@ -3,8 +3,8 @@
 #ifndef PALLAS_KERNELS_NATIVE_SEGMENTS_H_
 #define PALLAS_KERNELS_NATIVE_SEGMENTS_H_
 
-#include <array>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -24,44 +24,59 @@ struct Segments {
 // many digits as rows have: its time does not depend on what a table holds.
 inline Segments GroupByRow(const int32_t* ids, int64_t num_reads,
                            int64_t num_rows) {
-  constexpr int kDigitBits = 11;
-  constexpr uint32_t kDigits = 1u << kDigitBits;
-  struct Read {
-    uint32_t row, place;
-  };
-  std::vector<Read> reads, sorted;
-  reads.reserve(num_reads);
+  constexpr int kMaxDigitBits = 11;
+  int row_bits = 0;
+  while (((num_rows - 1) >> row_bits) > 0) ++row_bits;
+  const int num_digits = (row_bits + kMaxDigitBits - 1) / kMaxDigitBits;
+  // Digits of one size have fewer places to write to than a full and a small.
+  const int digit_bits = num_digits ? (row_bits - 1) / num_digits + 1 : 0;
+  const uint32_t num_values = 1u << digit_bits;
+
+  // Row in the upper half and place in the lower. Not filled with zeros, as a
+  // vector would be: a large batch would pay for the memory twice.
+  std::unique_ptr<uint64_t[]> reads(new uint64_t[num_reads]);
+  std::unique_ptr<uint64_t[]> sorted(new uint64_t[num_reads]);
+  std::vector<uint32_t> starts(num_digits * num_values);
+  int64_t size = 0;
   for (int64_t i = 0; i < num_reads; ++i) {
-    if (ids[i] >= 0 && ids[i] < num_rows) {
-      reads.push_back(
-          {static_cast<uint32_t>(ids[i]), static_cast<uint32_t>(i)});
+    if (ids[i] < 0 || ids[i] >= num_rows) continue;
+    const uint32_t row = static_cast<uint32_t>(ids[i]);
+    reads[size++] = static_cast<uint64_t>(row) << 32 | static_cast<uint32_t>(i);
+    for (int d = 0; d < num_digits; ++d) {
+      const uint32_t value = (row >> (d * digit_bits)) & (num_values - 1);
+      ++starts[d * num_values + value];
     }
   }
-  sorted.resize(reads.size());
-  for (int shift = 0; shift < 32 && ((num_rows - 1) >> shift) > 0;
-       shift += kDigitBits) {
-    std::array<uint32_t, kDigits> starts{};
-    for (const Read& read : reads) {
-      ++starts[(read.row >> shift) & (kDigits - 1)];
+  for (int d = 0; d < num_digits; ++d) {
+    uint32_t* start = starts.data() + d * num_values;
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < num_values; ++i) {
+      sum += std::exchange(start[i], sum);
     }
-    uint32_t start = 0;
-    for (uint32_t& count : starts) start += std::exchange(count, start);
-    for (const Read& read : reads) {
-      sorted[starts[(read.row >> shift) & (kDigits - 1)]++] = read;
+    const int shift = 32 + d * digit_bits;
+    for (int64_t i = 0; i < size; ++i) {
+      sorted[start[(reads[i] >> shift) & (num_values - 1)]++] = reads[i];
     }
     reads.swap(sorted);
   }
-  Segments segments;
-  segments.reads.reserve(reads.size());
-  for (const Read& read : reads) {
-    const int32_t row = static_cast<int32_t>(read.row);
-    if (segments.rows.empty() || segments.rows.back() != row) {
-      segments.rows.push_back(row);
-      segments.begins.push_back(segments.reads.size());
-    }
-    segments.reads.push_back(read.place);
+
+  int64_t num_segments = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    num_segments += i == 0 || (reads[i] >> 32) != (reads[i - 1] >> 32);
   }
-  segments.begins.push_back(segments.reads.size());
+  Segments segments;
+  segments.rows.reserve(num_segments);
+  segments.begins.reserve(num_segments + 1);
+  segments.reads.resize(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const int32_t row = static_cast<int32_t>(reads[i] >> 32);
+    if (i == 0 || row != segments.rows.back()) {
+      segments.rows.push_back(row);
+      segments.begins.push_back(i);
+    }
+    segments.reads[i] = static_cast<uint32_t>(reads[i]);
+  }
+  segments.begins.push_back(size);
   return segments;
 }
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.native import build
+from pallas_kernels.native.call import result_type
 
 
 def product_key_topk(
@@ -15,13 +16,12 @@ def product_key_topk(
 ) -> tuple[Float[Array, "*rows top_k"], Int[Array, "*rows top_k"]]:
   """See `api.product_key_topk`."""
   shape = (*row_scores.shape[:-1], top_k)
-  return tuple(
-    _call(
-      "product_key_topk",
-      _struct(shape),
-      _struct(shape, jnp.int32),
-      vmap_method="broadcast_all",
-    )(row_scores, col_scores)
+  return _call(
+    "product_key_topk",
+    [(shape, jnp.float32), (shape, jnp.int32)],
+    row_scores,
+    col_scores,
+    vmap_method="broadcast_all",
   )
 
 
@@ -32,9 +32,14 @@ def product_key_topk_grad(
   num_keys: int,
 ) -> tuple[Float[Array, "*rows keys"], Float[Array, "*rows keys"]]:
   """See `xla.product_key_topk_grad`."""
-  out = _struct((*slots.shape[:-1], num_keys))
-  call = _call("product_key_topk_grad", out, out, vmap_method="broadcast_all")
-  return tuple(call(slots, grads))
+  result = ((*slots.shape[:-1], num_keys), jnp.float32)
+  return _call(
+    "product_key_topk_grad",
+    [result, result],
+    slots,
+    grads,
+    vmap_method="broadcast_all",
+  )
 
 
 def product_key_lookup(
@@ -46,8 +51,13 @@ def product_key_lookup(
 ) -> tuple[Float[Array, "*rows heads top_k"], Int[Array, "*rows heads top_k"]]:
   """See `api.product_key_lookup`; no score leaves the processor's cache."""
   shape = (*queries.shape[:-3], keys.shape[1], top_k)
-  call = _call("product_key_lookup", _struct(shape), _struct(shape, jnp.int32))
-  return tuple(call(queries, keys, _or_none(gain, keys)))
+  return _call(
+    "product_key_lookup",
+    [(shape, jnp.float32), (shape, jnp.int32)],
+    queries,
+    keys,
+    _or_none(gain, keys),
+  )
 
 
 def product_key_lookup_grad(
@@ -60,26 +70,24 @@ def product_key_lookup_grad(
 ) -> tuple[Array, Array, Array | None]:
   """See `xla.product_key_lookup_grad`; a product with a chosen key is all."""
   some_gain = _or_none(gain, keys)
-  call = _call(
+  query_grads, key_grads, gain_grads = _call(
     "product_key_lookup_grad",
-    _struct(queries.shape),
-    _struct(keys.shape),
-    _struct(some_gain.shape),
-  )
-  query_grads, key_grads, gain_grads = call(
-    queries, keys, some_gain, weights, slots, grads
+    [(x.shape, jnp.float32) for x in (queries, keys, some_gain)],
+    queries,
+    keys,
+    some_gain,
+    weights,
+    slots,
+    grads,
   )
   return query_grads, key_grads, None if gain is None else gain_grads
 
 
-def _call(handler: str, *outputs, vmap_method: str = "sequential"):
-  return jax.ffi.ffi_call(
-    build.target(handler), outputs, vmap_method=vmap_method
-  )
-
-
-def _struct(shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, dtype)
+def _call(handler, results, *arrays, vmap_method="sequential"):
+  """Results of (shape, type) from a handler of `cpu.cc`."""
+  types = [result_type(shape, dtype, *arrays) for shape, dtype in results]
+  call = jax.ffi.ffi_call(build.target(handler), types, vmap_method=vmap_method)
+  return tuple(call(*arrays))
 
 
 def _or_none(gain, keys):

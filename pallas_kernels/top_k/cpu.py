@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.native import build
+from pallas_kernels.native.call import result_type
 
 
 def top_k(
@@ -18,10 +19,7 @@ def top_k(
   shape = (*x.shape[:-1], k)
   call = jax.ffi.ffi_call(
     build.target("top_k"),
-    (
-      jax.ShapeDtypeStruct(shape, x.dtype),
-      jax.ShapeDtypeStruct(shape, jnp.int32),
-    ),
+    [result_type(shape, dtype, x) for dtype in (x.dtype, jnp.int32)],
     vmap_method="broadcast_all",
   )
   return tuple(call(x, is_sorted=is_sorted))

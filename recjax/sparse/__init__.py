@@ -8,8 +8,7 @@ rows back. Nothing of the table's own size is computed, copied or swept.
 * `table`: declaration, initialisation, storage and the gather.
 * `in_model`: tables whose ids depend on activations (memories).
 * `update`: duplicates summed, optimiser applied to touched rows.
-* `row_optimizers`: row-wise Adagrad, Adagrad, lazy Adam, SGD.
 
-The gather, the weighted gather and the update are each one function here, so
-that a kernel can take its place without a change elsewhere.
+The weighted gather and the update are operators of `pallas_kernels`, where the
+optimisers are defined: row-wise Adagrad, Adagrad, lazy Adam, SGD.
 """

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
-from recjax.sparse.table import Table, take_rows
+import pallas_kernels
+from recjax.sparse.table import Table
 
 # Linen collections: the constant tables and the zero taps that go in, the
 # (ids, weights) that come out.
@@ -88,11 +89,7 @@ def weighted_gather(
   bfloat16 tables are recognised by their bits (uint16).
   """
   values = jax.lax.stop_gradient(values)
-  # One flat gather: a loop over k would copy a donated table whole.
-  rows = take_rows(values, ids)
-  if rows.dtype == jnp.uint16:
-    rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
-  return jnp.einsum("...k,...kd->...d", weights, rows.astype(jnp.float32))
+  return pallas_kernels.sparse_gather(values, ids, weights)
 
 
 def collection(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,17 +126,3 @@ def zero_taps(
     name: jnp.zeros((*entry["ids"].shape[:-1], tables[name].dim))
     for name, entry in reads.items()
   }
-
-
-def row_gradients(
-  ids: Int[Array, "*batch top_k"],
-  weights: Float[Array, "*batch top_k"],
-  output_grad: Float[Array, "*batch dim"],
-) -> tuple[Int[Array, " rows"], Float[Array, "rows dim"]]:
-  """Gradient of every read row from the gradient at the tap.
-
-  Returns:
-    Flat ids (duplicates not yet summed) and their gradients.
-  """
-  grads = weights[..., None] * output_grad[..., None, :]
-  return ids.reshape(-1), grads.reshape(-1, output_grad.shape[-1])

@@ -148,7 +148,7 @@ class SearchTest(parameterized.TestCase):
       mesh=MESH,
       in_specs=P("data"),
       out_specs=P("data"),
-      check_vma=False,
+      check_vma=True,
     )
     for other in (mapped, jax.vmap(fn)):
       for got, want in zip(other(row, col), fn(row, col), strict=True):

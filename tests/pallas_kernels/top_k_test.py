@@ -142,7 +142,7 @@ class TopKTest(parameterized.TestCase):
         mesh=MESH,
         in_specs=P("data"),
         out_specs=P("data"),
-        check_vma=False,
+        check_vma=True,
       ),
     ):
       np.testing.assert_array_equal(mapped(x)[1], fn(x)[1])

@@ -4,33 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sparse_oracle import RowOracle
 
+from pallas_kernels.row_update.optimizers import Rule, make_row_optimizer
 from recjax.sparse import table as table_lib
-from recjax.sparse.row_optimizers import make_row_optimizer
 from recjax.sparse.table import Table
-from recjax.sparse.update import (
-  UpdateRule,
-  apply_row_gradients,
-  sum_duplicates,
-)
+from recjax.sparse.update import RowGradients, apply_row_gradients
+from tests.sparse_oracle import RowOracle
 
 NAMES = ("sgd", "rowwise_adagrad", "adagrad", "lazy_adam")
 NUM_ROWS, DIM, RATE = 20, 3, 0.1
-# Duplicates inside and across the two reads, row 0, and ids that no row has.
-READS = (
-  np.array([7, 0, 7, -1, 19, NUM_ROWS, 64], np.int32),
-  np.array([7, 3, 1 << 30, -20], np.int32),
-)
+# Duplicates, row 0, and ids that no row has.
+IDS = np.array([7, 0, 7, -1, 19, NUM_ROWS, 64, 7, 3, 1 << 30, -20], np.int32)
 TOUCHED = np.array([0, 3, 7, 19])
 
 
 @functools.cache
 def _setting(name, dtype="float32", weight_decay=0.0, clip_norm=None):
   table = Table(NUM_ROWS, DIM, in_model=True, init_scale=1.0, dtype=dtype)
-  rule = UpdateRule(make_row_optimizer(name), weight_decay, clip_norm)
+  rule = Rule(name, weight_decay=weight_decay, clip_norm=clip_norm)
   oracle = RowOracle(name, weight_decay=weight_decay, clip_norm=clip_norm)
   update = jax.jit(
     functools.partial(apply_row_gradients, table=table, rule=rule)
@@ -41,25 +32,24 @@ def _setting(name, dtype="float32", weight_decay=0.0, clip_norm=None):
 def _start(table, rule):
   values = table_lib.init_table(jax.random.key(0), table)
   # A state that is not zero, so that a rewritten row would show.
-  state = jax.tree.map(lambda x: x + 0.25, rule.optimizer.init(*table.shape))
+  state = jax.tree.map(
+    lambda x: x + 0.25, make_row_optimizer(rule.optimizer).init(*table.shape)
+  )
   return values, state
 
 
-def _reads(seed):
+def _read(seed):
   rng = np.random.default_rng(seed)
-  return [
-    (jnp.asarray(ids), jnp.asarray(rng.normal(size=(len(ids), DIM)), "float32"))
-    for ids in READS
-  ]
+  grads = jnp.asarray(rng.normal(size=(len(IDS), DIM)), "float32")
+  return RowGradients(jnp.asarray(IDS), grads)
 
 
 def _float64(table, values):
   return np.asarray(table_lib.from_storage(values, table), np.float64)
 
 
-def _flat(reads):
-  ids = np.concatenate([np.asarray(ids) for ids, _ in reads])
-  return ids, np.concatenate([np.asarray(g, np.float64) for _, g in reads])
+def _flat(read):
+  return np.asarray(read.ids), np.asarray(read.grads, np.float64)
 
 
 class ApplyRowGradientsTest(parameterized.TestCase):
@@ -74,18 +64,16 @@ class ApplyRowGradientsTest(parameterized.TestCase):
     untouched = np.setdiff1d(np.arange(table.shape[0]), TOUCHED)
     for step in range(1, 5):
       before, state_before = np.asarray(values), jax.tree.map(np.array, state)
-      reads = _reads(step)
+      read = _read(step)
       values, state = update(
         values,
         state,
-        reads,
+        read,
         learning_rate=RATE,
         step=jnp.int32(step),
         keep=jnp.bool_(True),
       )
-      oracle.step(
-        expected[:NUM_ROWS], expected_state, *_flat(reads), RATE, step
-      )
+      oracle.step(expected[:NUM_ROWS], expected_state, *_flat(read), RATE, step)
       np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
       for key, new in state.items():
         np.testing.assert_allclose(
@@ -105,15 +93,13 @@ class ApplyRowGradientsTest(parameterized.TestCase):
     self.assertEqual(values.dtype, jnp.uint16)
     untouched = np.setdiff1d(np.arange(table.shape[0]), TOUCHED)
     for step in range(1, 4):
-      before, reads = np.asarray(values), _reads(step)
+      before, read = np.asarray(values), _read(step)
       expected = _float64(table, values)
       expected_state = {k: np.array(v, float) for k, v in state.items()}
       values, state = update(
-        values, state, reads, learning_rate=RATE, step=jnp.int32(step)
+        values, state, read, learning_rate=RATE, step=jnp.int32(step)
       )
-      oracle.step(
-        expected[:NUM_ROWS], expected_state, *_flat(reads), RATE, step
-      )
+      oracle.step(expected[:NUM_ROWS], expected_state, *_flat(read), RATE, step)
       # bfloat16 has 8 bits of precision: half a unit is 2 ** -8 of the value.
       np.testing.assert_allclose(
         _float64(table, values), expected, rtol=1.01 * 2**-8, atol=1e-5
@@ -131,11 +117,11 @@ class ApplyRowGradientsTest(parameterized.TestCase):
     table, rule, _, update = _setting(name, "float32", 0.3, 0.7)
     values, state = _start(table, rule)
     for bad in (1.0, np.nan, np.inf):
-      reads = [(ids, grads * bad) for ids, grads in _reads(0)]
+      read = _read(0)._replace(grads=_read(0).grads * bad)
       new = update(
         values,
         state,
-        reads,
+        read,
         learning_rate=RATE,
         step=jnp.int32(1),
         keep=jnp.bool_(False),
@@ -148,58 +134,33 @@ class ApplyRowGradientsTest(parameterized.TestCase):
     plain = _setting("sgd")[3]
     for update in (clipped, plain):
       new, _ = update(
-        values, state, _reads(0), learning_rate=RATE, step=jnp.int32(1)
+        values, state, _read(0), learning_rate=RATE, step=jnp.int32(1)
       )
-      ids, grads = _flat(_reads(0))
+      ids, grads = _flat(_read(0))
       expected = np.asarray(values)[7] - RATE * grads[ids == 7].sum(axis=0)
       np.testing.assert_allclose(np.asarray(new)[7], expected, rtol=1e-5)
 
-
-class SumDuplicatesTest(parameterized.TestCase):
-  @settings(max_examples=60, deadline=None, derandomize=True)
-  @given(
-    num_reads=st.sampled_from((1, 2, 9)),
-    # Few rows a read are counted, many are sorted.
-    num_rows=st.sampled_from((1, 3, 64, 80)),
-    dim=st.sampled_from((1, 2)),
-    seed=st.integers(0, 2**31),
-  )
-  def test_equals_numpy(self, num_reads, num_rows, dim, seed):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(-2, num_rows + 3, num_reads).astype(np.int32)
-    grads = rng.normal(size=(num_reads, dim)).astype(np.float32)
-    self._check(ids, grads, num_rows)
-
-  @parameterized.product(
-    num_rows=(8, 1000),
-    ids=(
-      [4] * 6,
-      [5, 2, 5, 2, 5, 0],
-      [-1, 1000, 1001, 1 << 30, -(1 << 31), 1000],
-      [7, 6, 5, 0, 1, 2],
-    ),
-  )
-  def test_all_duplicates_all_out_of_range_all_distinct(self, num_rows, ids):
-    grads = np.arange(12, dtype=np.float32).reshape(6, 2)
-    self._check(np.array(ids, np.int32), grads, num_rows)
-
-  def _check(self, ids, grads, num_rows):
-    unique, summed = _sum_duplicates(ids, grads, num_rows=num_rows)
-    unique, summed = np.asarray(unique), np.asarray(summed)
-    capacity = min(len(ids), num_rows + 1)
-    self.assertEqual(unique.shape, (capacity,))
-    self.assertEqual(summed.shape, (capacity, grads.shape[1]))
-    expected = np.unique(ids[(ids >= 0) & (ids < num_rows)])
-    count = len(expected)
-    np.testing.assert_array_equal(unique[:count], expected)
-    np.testing.assert_array_equal(unique[count:], num_rows)
-    for row, total in zip(expected, summed, strict=False):
-      np.testing.assert_allclose(
-        total, grads[ids == row].sum(axis=0, dtype=float), rtol=1e-5, atol=1e-6
-      )
-
-
-_sum_duplicates = jax.jit(sum_duplicates, static_argnames="num_rows")
+  @parameterized.parameters(*NAMES)
+  def test_the_gradient_of_a_weighted_sum_goes_to_its_rows(self, name):
+    table, rule, _, update = _setting(name)
+    values, state = _start(table, rule)
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.integers(-3, NUM_ROWS + 3, (2, 5, 4)), jnp.int32)
+    weights, grads = (
+      jnp.asarray(rng.normal(size=shape), jnp.float32)
+      for shape in ((2, 5, 4), (2, 5, DIM))
+    )
+    options = dict(learning_rate=RATE, step=jnp.int32(1))
+    sums = update(values, state, RowGradients(ids, grads, weights), **options)
+    rows = (weights[..., None] * grads[..., None, :]).reshape(-1, DIM)
+    plain = update(
+      values, state, RowGradients(ids.reshape(-1), rows), **options
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+      sums,
+      plain,
+    )
 
 
 if __name__ == "__main__":

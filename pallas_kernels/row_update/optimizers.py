@@ -15,14 +15,14 @@ call "exact row-wise Adagrad". Lazy Adam differs from Adam in that a row's
 moments stand still while the row is not read.
 """
 
+import dataclasses
+import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-
-from recjax.errors import UserError
-from recjax.schema import suggest
 
 
 class RowOptimizer(NamedTuple):
@@ -37,24 +37,72 @@ class RowOptimizer(NamedTuple):
   update: Callable[..., tuple[Array, dict[str, Array]]]
 
 
-def make_row_optimizer(name: str, *, eps: float = 1e-8) -> RowOptimizer:
-  """The optimiser called `name`; see the module's table."""
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How the touched rows of one table are updated.
+
+  Attributes:
+    optimizer: Its name.
+    eps: Added to the root in the divisor; `sgd` has none.
+    b1: Decay of lazy Adam's first moment.
+    b2: Decay of its second moment.
+    weight_decay: L2 pull of the touched rows, added to their gradient.
+    clip_norm: Largest norm of a row's gradient; None means no limit.
+  """
+
+  optimizer: str
+  eps: float = 1e-8
+  b1: float = 0.9
+  b2: float = 0.999
+  weight_decay: float = 0.0
+  clip_norm: float | None = None
+
+  def apply(
+    self,
+    rows: Float[Array, "rows dim"],
+    state: dict[str, Array],
+    grads: Float[Array, "rows dim"],
+    learning_rate: Float[Array, ""],
+    step: Int[Array, ""],
+  ) -> tuple[Float[Array, "rows dim"], dict[str, Array]]:
+    """New rows and state of float32 rows whose gradients are summed."""
+    if self.weight_decay:
+      grads = grads + self.weight_decay * rows
+    if self.clip_norm is not None:
+      norm = jnp.linalg.norm(grads, axis=-1, keepdims=True)
+      grads = grads * jnp.minimum(1.0, self.clip_norm / (norm + 1e-12))
+    optimizer = make_row_optimizer(
+      self.optimizer, eps=self.eps, b1=self.b1, b2=self.b2
+    )
+    delta, state = optimizer.update(grads, state, learning_rate, step)
+    return rows - delta, state
+
+
+def make_row_optimizer(
+  name: str, *, eps: float = 1e-8, b1: float = 0.9, b2: float = 0.999
+) -> RowOptimizer:
+  """The optimiser called `name`; see the module's table.
+
+  Raises:
+    ValueError: If there is none of this name.
+  """
   makers = {
     "sgd": sgd,
-    "rowwise_adagrad": rowwise_adagrad,
-    "adagrad": adagrad,
-    "lazy_adam": lazy_adam,
+    "rowwise_adagrad": lambda: rowwise_adagrad(eps=eps),
+    "adagrad": lambda: adagrad(eps=eps),
+    "lazy_adam": lambda: lazy_adam(b1=b1, b2=b2, eps=eps),
   }
   if name not in makers:
-    raise UserError(
-      f"unknown sparse optimizer {name!r}" + suggest(name, makers)
+    near = difflib.get_close_matches(str(name), makers, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise ValueError(
+      f"unknown row optimizer {name!r}{hint}; there are " + ", ".join(makers)
     )
-  return makers[name](eps=eps)
+  return makers[name]()
 
 
-def sgd(*, eps: float = 0.0) -> RowOptimizer:
-  """Plain gradient descent on touched rows; `eps` is not used."""
-  del eps
+def sgd() -> RowOptimizer:
+  """Plain gradient descent on touched rows."""
 
   def init(num_rows: int, dim: int) -> dict[str, Array]:
     del num_rows, dim
@@ -72,13 +120,13 @@ def rowwise_adagrad(*, eps: float = 1e-8) -> RowOptimizer:
 
   def init(num_rows: int, dim: int) -> dict[str, Array]:
     del dim
-    return {"sum": jnp.zeros((num_rows,))}
+    return {"sum": jnp.zeros((num_rows,), jnp.float32)}
 
   def update(
     grads: Float[Array, "rows dim"],
     state: dict[str, Float[Array, " rows"]],
     learning_rate: float | Float[Array, ""],
-    step: Int[Array, ""],
+    step: int | Int[Array, ""],
   ):
     del step
     total = state["sum"] + jnp.mean(grads**2, axis=-1)
@@ -92,7 +140,7 @@ def adagrad(*, eps: float = 1e-8) -> RowOptimizer:
   """Adagrad with one accumulator an entry."""
 
   def init(num_rows: int, dim: int) -> dict[str, Array]:
-    return {"sum": jnp.zeros((num_rows, dim))}
+    return {"sum": jnp.zeros((num_rows, dim), jnp.float32)}
 
   def update(grads, state, learning_rate, step):
     del step
@@ -108,15 +156,30 @@ def lazy_adam(
   """Adam whose moments move only for touched rows."""
 
   def init(num_rows: int, dim: int) -> dict[str, Array]:
-    return {"mu": jnp.zeros((num_rows, dim)), "nu": jnp.zeros((num_rows, dim))}
+    zeros = jnp.zeros((num_rows, dim), jnp.float32)
+    return {"mu": zeros, "nu": jnp.zeros_like(zeros)}
 
   def update(grads, state, learning_rate, step):
     mu = b1 * state["mu"] + (1 - b1) * grads
     nu = b2 * state["nu"] + (1 - b2) * grads**2
-    count = step.astype(jnp.float32)
+    count = jnp.asarray(step, jnp.float32)
     mu_hat = mu / (1 - b1**count)
     nu_hat = nu / (1 - b2**count)
     delta = learning_rate * mu_hat / (jnp.sqrt(nu_hat) + eps)
     return delta, {"mu": mu, "nu": nu}
 
   return RowOptimizer(init, update)
+
+
+def from_storage(rows: Array) -> Float[Array, "*shape"]:
+  """Stored rows as float32; uint16 holds the bits of bfloat16."""
+  if rows.dtype == jnp.uint16:
+    rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+  return rows.astype(jnp.float32)
+
+
+def to_storage(rows: Float[Array, "*shape"], dtype) -> Array:
+  """float32 rows as a table of `dtype` stores them, to the nearest even."""
+  if dtype == jnp.uint16:
+    return jax.lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
+  return rows.astype(dtype)

@@ -1,0 +1,1 @@
+"""Weighted sums of the rows of a table that ids name; see `api`."""

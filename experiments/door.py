@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from recjax import host_memory
 from recjax.errors import UserError
 from recjax.schema import suggest
 
@@ -32,6 +33,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   """`app.run(main)`, with the mistakes of users told in one line."""
 
   def guarded(argv: Sequence[str]) -> None:
+    host_memory.keep_freed_memory()
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_told)
     sys.unraisablehook = _print_unraisable

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+from recjax import host_memory
 from recjax.errors import DivergedError, UserError
 
 # Size of the thread pool of XLA on a CPU; of no meaning on other devices.
@@ -225,6 +226,7 @@ def _work() -> None:
   """The worker: runs what it is given until its input ends."""
   # Ctrl-C reaches the whole group; whoever started this one decides.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  host_memory.keep_freed_memory()
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_is_told)

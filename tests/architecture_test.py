@@ -9,7 +9,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 # A module may import from its own group and from those before it.
 GROUPS = (
-  ("recjax.errors", "recjax.schema", "recjax.config", "recjax.batch"),
+  (
+    "recjax.errors",
+    "recjax.schema",
+    "recjax.config",
+    "recjax.batch",
+    "recjax.host_memory",
+  ),
   (
     "recjax.data",
     "recjax.sparse",

@@ -9,6 +9,10 @@ os.environ.setdefault(
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 )
 
+# A process of many tests had better give freed memory back; the variable keeps
+# the commands that run in it from deciding otherwise.
+os.environ.setdefault("GLIBC_TUNABLES", "")
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)

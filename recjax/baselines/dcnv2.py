@@ -35,6 +35,7 @@ from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import memory_gate
+from recjax.layers.dropout import Dropout
 from recjax.layers.features import ConcatFeatures, concat_width
 from recjax.layers.heads import TaskHeads
 from recjax.layers.memory_gate import MemoryGate
@@ -169,7 +170,7 @@ class Model(nn.Module):
         )(x[None], batch.example_mask)
         x = gated[0]
       x = nn.relu(nn.Dense(dim, dtype=dtype, name=f"mlp_{i}")(x))
-      x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
+      x = Dropout(config.dropout_rate, deterministic=not train)(x)
     return x, counters
 
 

@@ -40,6 +40,7 @@ from recjax import config as config_lib
 from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
+from recjax.layers.dropout import Dropout
 from recjax.layers.features import ConcatFeatures
 from recjax.layers.heads import TaskHeads
 from recjax.schema import Schema, suggest
@@ -127,7 +128,7 @@ class Model(nn.Module):
     for i, dim in enumerate(config.mlp_dims):
       x = nn.Dense(dim, dtype=dtype, name=f"mlp_{i}")(x)
       x = Rectifier(config.activation, name=f"rectify_{i}")(x)
-      x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
+      x = Dropout(config.dropout_rate, deterministic=not train)(x)
     heads = TaskHeads(config.tasks, dtype=dtype, name="heads")
     return heads(x, train=train), {"weights": weights}
 
@@ -164,7 +165,7 @@ class ActivationUnit(nn.Module):
       if i:
         x = nn.Dense(dim, dtype=self.dtype, name=f"dense_{i}")(x)
       x = Rectifier(self.activation, name=f"rectify_{i}")(x)
-      x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+      x = Dropout(self.dropout_rate, deterministic=not train)(x)
     return nn.Dense(1, dtype=jnp.float32, name="score")(x)[..., 0]
 
   def _first_layer(self, events, target):

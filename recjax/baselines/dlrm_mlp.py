@@ -32,6 +32,7 @@ from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import memory_gate
+from recjax.layers.dropout import Dropout
 from recjax.layers.features import (
   ConcatFeatures,
   concat_width,
@@ -119,7 +120,7 @@ class Model(nn.Module):
         )(x[None], batch.example_mask)
         x = gated[0]
       x = nn.relu(nn.Dense(dim, dtype=dtype, name=f"mlp_{i}")(x))
-      x = nn.Dropout(config.dropout_rate, deterministic=not train)(x)
+      x = Dropout(config.dropout_rate, deterministic=not train)(x)
     heads = TaskHeads(config.tasks, dtype=dtype, name="heads")
     return heads(x, train=train), {"counters": counters}
 

@@ -38,6 +38,7 @@ from recjax import config as config_lib
 from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
+from recjax.layers.dropout import Dropout
 from recjax.layers.features import pooled_rows
 from recjax.layers.heads import TaskHeads
 from recjax.schema import Schema, suggest
@@ -237,7 +238,7 @@ class _Hidden(nn.Module):
   def __call__(self, x, *, train: bool):
     for i, dim in enumerate(self.dims):
       x = nn.relu(nn.Dense(dim, dtype=self.dtype, name=f"dense_{i}")(x))
-      x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+      x = Dropout(self.dropout_rate, deterministic=not train)(x)
     return x
 
 

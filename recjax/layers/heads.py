@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from recjax.layers.dropout import Dropout
+
 
 class TaskHeads(nn.Module):
   """One logit a task: `Dense(1)(GELU(Dense(hidden_dim)(x)))`.
@@ -35,6 +37,6 @@ class TaskHeads(nn.Module):
           self.hidden_dim, dtype=self.dtype, name=f"{task}_hidden"
         )(x)
         hidden = nn.gelu(hidden)
-        hidden = nn.Dropout(self.dropout_rate, deterministic=not train)(hidden)
+        hidden = Dropout(self.dropout_rate, deterministic=not train)(hidden)
       logits[task] = nn.Dense(1, dtype=jnp.float32, name=task)(hidden)[..., 0]
     return logits

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from recjax.layers.dropout import Dropout
+
 # One draw per token, scaled by the width of one token's input.
 KERNEL_INIT = nn.initializers.variance_scaling(
   1.0, "fan_in", "truncated_normal", batch_axis=(0,)
@@ -58,7 +60,7 @@ class PerTokenFFN(nn.Module):
     dim = x.shape[-1]
     hidden = PerTokenDense(int(self.mlp_ratio * dim), self.dtype, name="up")(x)
     hidden = jax.nn.gelu(hidden)
-    hidden = nn.Dropout(self.dropout_rate, deterministic=not train)(hidden)
+    hidden = Dropout(self.dropout_rate, deterministic=not train)(hidden)
     return PerTokenDense(dim, self.dtype, name="down")(hidden)
 
 

@@ -46,11 +46,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from recjax.errors import UserError
+from recjax.layers.dropout import Dropout
 from recjax.layers.per_token import KERNEL_INIT, PerTokenDense, PerTokenFFN
 from recjax.losses import Terms
 
 FFNS = ("dense", "gated", "smoe", "relu_moe")
-
 EXPERT_INIT = nn.initializers.variance_scaling(
   1.0, "fan_in", "truncated_normal", batch_axis=(0, 1)
 )
@@ -287,7 +287,7 @@ class PerTokenExperts(nn.Module):
     experts, inner = self.num_experts, self.hidden_dim
     hidden = PerTokenDense(experts * inner, self.dtype, name="up")(x)
     hidden = jax.nn.gelu(hidden)
-    hidden = nn.Dropout(self.dropout_rate, deterministic=not train)(hidden)
+    hidden = Dropout(self.dropout_rate, deterministic=not train)(hidden)
     kernel = self.param("down", EXPERT_INIT, (tokens, experts, inner, dim))
     bias = self.param(
       "down_bias", nn.initializers.zeros, (tokens, experts, dim)

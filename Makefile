@@ -8,7 +8,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # Without it JAX looks for accelerators first; set it to cuda or tpu there.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-fast test-aot lint format bench notebooks soak test-gpu bench-gpu clean
+.PHONY: demo test test-fast test-aot test-sanitize lint format bench notebooks soak test-gpu bench-gpu clean
 
 demo: $(VENV)/.run
 	$(RUN) -m experiments.demo --workdir=runs/demo
@@ -28,7 +28,9 @@ format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
+	$(RUN) -m pallas_kernels.bench
+	$(RUN) -m experiments.bench_torch
 	$(RUN) -m experiments.bench_pipeline
 	$(RUN) -m experiments.bench_sparse
 	$(RUN) -m experiments.bench_memory
@@ -42,6 +44,13 @@ notebooks: $(VENV)/.dev
 test-aot: $(VENV)/.aot
 	ALLOW_MULTIPLE_LIBTPU_LOAD=1 $(RUN) -m pytest -n 2 -m aot tests/aot
 
+# The C++ kernels under the address and undefined-behaviour sanitizers.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g
+test-sanitize: $(VENV)/.dev
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PALLAS_KERNELS_CXXFLAGS="$(SANITIZE)" \
+		$(RUN) -m pytest tests/pallas_kernels -k 'not Build'
+
 soak test-gpu bench-gpu:
 	@echo "make $@: nothing to do yet; it comes with the kernels and soaks"
 
@@ -54,6 +63,12 @@ $(VENV)/.run: requirements.txt
 
 $(VENV)/.dev: $(VENV)/.run pyproject.toml
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+# fbgemm-gpu-cpu asks for a numpy of its own; it runs with ours.
+$(VENV)/.bench: $(VENV)/.dev
+	$(PIP) -e '.[bench]'
+	$(PIP) --no-deps 'fbgemm-gpu-cpu==1.8.0'
 	@touch $@
 
 $(VENV)/.aot: $(VENV)/.dev

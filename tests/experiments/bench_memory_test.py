@@ -22,20 +22,21 @@ class BenchMemoryTest(command_case.CommandTestCase):
 
   def test_retrieval_finds_the_best_of_all_slots(self):
     rng = np.random.default_rng(0)
-    queries = rng.standard_normal((2, 2, 3, 4)).astype(np.float32)
-    keys = rng.standard_normal((2, 5, 4)).astype(np.float32)
-    scores, slots = bench_memory.retrieve(
+    queries = rng.standard_normal((2, 3, 2, 1, 4)).astype(np.float32)
+    keys = rng.standard_normal((2, 1, 5, 4)).astype(np.float32)
+    weights, slots = bench_memory.retrieve(
       jnp.asarray(queries), jnp.asarray(keys), top_k=4
     )
     normal = [
       (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) / 4**0.25
       for x in (queries.astype(np.float64), keys.astype(np.float64))
     ]
-    row, col = np.einsum("xtbd,xnd->xtbn", *normal)
+    row, col = np.einsum("tbxhd,xhnd->xtbn", *normal)
     every = (row[..., :, None] + col[..., None, :]).reshape(2, 3, 25)
     best = np.sort(every)[..., ::-1][..., :4]
-    np.testing.assert_allclose(scores, best, rtol=1e-4)
-    found = np.take_along_axis(every, np.asarray(slots), axis=-1)
+    expected = np.exp(best) / np.exp(best).sum(-1, keepdims=True)
+    np.testing.assert_allclose(weights[:, :, 0], expected, rtol=1e-4)
+    found = np.take_along_axis(every, np.asarray(slots)[:, :, 0], axis=-1)
     np.testing.assert_allclose(found, best, rtol=1e-4)
 
   def test_command_prints_a_line_a_size(self):

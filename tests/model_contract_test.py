@@ -235,7 +235,8 @@ class ModelContractTest(parameterized.TestCase):
       terms = loss_fn(predictions, aux, batch, method.config)
       return sum(total / weight for total, weight in terms.values())
 
-    def dense_gather(values, ids, weights):
+    def dense_gather(values, ids, weights, tap):
+      del tap
       return jnp.einsum("...k,...kd->...d", weights, values[ids])
 
     rng = jax.random.fold_in(jax.random.key(0), 0)

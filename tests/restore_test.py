@@ -15,8 +15,11 @@ class RestoreTest(run_case.RunTestCase):
 
   def test_numbers_equal_those_of_the_run(self):
     # So high a rate that the last value is not the best.
+    monitor = "valid/click/logloss"
     config = run_case.make_config(
-      optimizer__learning_rate=0.3, optimizer__ema_decay=0.5
+      optimizer__learning_rate=0.3,
+      optimizer__ema_decay=0.5,
+      train__monitor=monitor,
     )
     result = self.run_once(config)
     self.assertLess(result["best_step"], result["steps"])
@@ -26,7 +29,6 @@ class RestoreTest(run_case.RunTestCase):
     self.assertEqual(expected, result["metrics"])
     self.assertNotEmpty(metrics)
     self.assertEqual(run.step, result["best_step"])
-    monitor = "valid/click/auc"
     self.assertEqual(
       self.evaluate("valid")[1][monitor], result["metrics"][monitor]
     )

@@ -131,8 +131,9 @@ def _read_ids(config, state, batch):
   return found
 
 
-def _dense_read(values, ids, weights):
+def _dense_read(values, ids, weights, tap=None):
   """The reference of an in-model read: indexing that autodiff sees through."""
+  del tap
   if values.dtype == jnp.uint16:
     values = jax.lax.bitcast_convert_type(values, jnp.bfloat16)
   return jnp.einsum(

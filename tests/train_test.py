@@ -399,7 +399,7 @@ class BestStepTest(run_case.RunTestCase):
 class EvaluatedStateTest(run_case.RunTestCase):
   """Test metrics come from the right parameters."""
 
-  def auc(self, config, step, workdir, *, params):
+  def logloss(self, config, step, workdir, *, params):
     """AUC on the test part, from a checkpoint and scikit-learn."""
     columns = open_dataset(config["data"])
     method = method_lib.load("dlrm_mlp", config["model"], columns.schema)
@@ -413,20 +413,22 @@ class EvaluatedStateTest(run_case.RunTestCase):
       batch,
       train=False,
     )
-    return sklearn.metrics.roc_auc_score(batch.labels["click"], scores["click"])
+    return sklearn.metrics.log_loss(
+      batch.labels["click"], jax.nn.sigmoid(scores["click"])
+    )
 
   def test_test_metrics_are_those_of_the_average_at_the_best_step(self):
     config = resumed_config()
     workdir = run_case.shared_directory() / "undisturbed"
     result = self.run_once(config, workdir)
-    actual = result["metrics"]["test/click/auc"]
+    actual = result["metrics"]["test/click/logloss"]
     best, last = result["best_step"], result["steps"]
     self.assertLess(best, last)
     self.assertAlmostEqual(
-      actual, self.auc(config, best, workdir, params="ema_params"), places=6
+      actual, self.logloss(config, best, workdir, params="ema_params"), places=6
     )
     for step, params in ((last, "ema_params"), (best, "params")):
-      other = self.auc(config, step, workdir, params=params)
+      other = self.logloss(config, step, workdir, params=params)
       self.assertNotAlmostEqual(actual, other, places=4)
 
   def test_the_average_follows_its_recurrence(self):

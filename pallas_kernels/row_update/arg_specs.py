@@ -2,7 +2,7 @@
 
 ARG_SPECS = {
   # Memory values of MSN, read by 16 tokens x 512 examples x 16 slots.
-  "msn_base": ((64**2, 64), (16 * 512, 16)),
+  "msn_base": ((64**2, 64), (8 * 512, 16)),
   # Bags of 32 rows.
   "bags_1e6": ((10**6, 64), (4096, 32)),
   "bags_1e7": ((10**7, 64), (4096, 32)),

@@ -2,7 +2,7 @@
 
 ARG_SPECS = {
   # One axis of the keys of MSN: tokens x batch x heads rows.
-  "msn_base": ((16 * 512, 64), 16),
+  "msn_base": ((8 * 512, 64), 16),
   "msn_paper": ((16 * 2048, 256), 32),
   # Candidates of a retrieval.
   "rows_512x256": ((512, 256), 32),

@@ -1,11 +1,11 @@
 """Tables that a model reads by ids it has just computed.
 
 The rows of such a read cannot be gathered before the model, so the table
-enters it as a constant, and the gradient comes out another way. The read adds
-a *tap*, an array of zeros of the output's shape, to its result; the gradient
-at the tap is the gradient g of the output, and with the (ids, weights) that
-the model returns, row `ids[..., j]` receives `weights[..., j] * g`. No array of
-the table's size appears.
+enters it as a constant, and the gradient comes out another way. The read takes
+a *tap*, an array of zeros of the output's shape, as if it were added to its
+result; the gradient at the tap is the gradient g of the output, and with the
+(ids, weights) that the model returns, row `ids[..., j]` receives
+`weights[..., j] * g`. No array of the table's size appears.
 
 Inside a Linen module:
 
@@ -67,29 +67,32 @@ def read(
       "or declare a second table"
     )
   values = module.get_variable(TABLES, name)
-  output = weighted_gather(values, ids, weights)
+  shape = (*ids.shape[:-1], values.shape[-1])
   module.put_variable(READS, name, {"ids": ids, "weights": weights})
+  tap = None
   if module.has_variable(TAPS, name):
     tap = module.get_variable(TAPS, name)
-    if tap.shape != output.shape:
+    if tap.shape != shape:
       raise ValueError(
-        f"the tap of {path!r} has shape {tap.shape}, the read {output.shape}"
+        f"the tap of {path!r} has shape {tap.shape}, the read {shape}"
       )
-    output = output + tap
-  return output
+  return weighted_gather(values, ids, weights, tap)
 
 
 def weighted_gather(
   values: Array,
   ids: Int[Array, "*batch top_k"],
   weights: Float[Array, "*batch top_k"],
+  tap: Float[Array, "*batch dim"] | None = None,
 ) -> Float[Array, "*batch dim"]:
   """`sum_k weights[..., k] * values[ids[..., k]]`; `values` is a constant.
 
-  bfloat16 tables are recognised by their bits (uint16).
+  bfloat16 tables are recognised by their bits (uint16). The gradient of `tap`
+  is that of the sums, and is there only when the table has been read for that
+  of the weights: what updates the table with it finds nobody reading.
   """
   values = jax.lax.stop_gradient(values)
-  return pallas_kernels.sparse_gather(values, ids, weights)
+  return pallas_kernels.sparse_gather(values, ids, weights, tap=tap)
 
 
 def collection(arrays: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,7 +198,7 @@ class SparseGatherTest(parameterized.TestCase):
     grad = jax.grad(
       lambda w: jnp.sum(sparse_gather(table, indices, w, implementation=name))
     )(weights)
-    finite = np.float64(rows.sum(axis=1))[np.asarray(indices)[:4]]
+    finite = rows.sum(axis=1)[np.asarray(indices)[:4]]
     np.testing.assert_allclose(grad[:4], finite, rtol=1e-4, atol=1e-5)
     gated = sparse_gather(
       table,
@@ -444,15 +444,13 @@ class CompiledTest(parameterized.TestCase):
         sparse_gather(table, indices, weights, implementation=name)
       )
 
-    gradient = jax.jit(jax.grad(loss, argnums=1))
-    lowered = gradient.lower(table, jnp.ones((8, 4)), ids((8, 4)))
+    reads = (jnp.ones((8, 4)), ids((8, 4)))
+    lowered = jax.jit(jax.grad(loss, argnums=1)).lower(table, *reads)
     self.assertNotIn("scatter", lowered.as_text())
     memory = lowered.compile().memory_analysis()
     self.assertLess(memory.temp_size_in_bytes, table.size)
     # Not even one operation at a time.
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=1))(
-      table, jnp.ones((8, 4)), ids((8, 4))
-    )
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=1))(table, *reads)
     self.assertNotIn("row_grads", str(jaxpr))
 
   def test_the_kernel_holds_no_row_per_read(self):
@@ -467,15 +465,10 @@ class CompiledTest(parameterized.TestCase):
     for fn in (loss, jax.vmap(loss, in_axes=(0, 0, None, 0))):
       gradient = jax.jit(jax.grad(lambda *args, fn=fn: jnp.sum(fn(*args))))
       compiled = gradient.lower(
-        *(
-          jax.ShapeDtypeStruct(shape, dtype)
-          for shape, dtype in (
-            ((batch, k), jnp.float32),
-            ((batch, k), jnp.int32),
-            ((1000, dim), jnp.float32),
-            ((batch, dim), jnp.float32),
-          )
-        )
+        jax.ShapeDtypeStruct((batch, k), jnp.float32),
+        jax.ShapeDtypeStruct((batch, k), jnp.int32),
+        jax.ShapeDtypeStruct((1000, dim), jnp.float32),
+        jax.ShapeDtypeStruct((batch, dim), jnp.float32),
       ).compile()
       self.assertLess(
         compiled.memory_analysis().temp_size_in_bytes, batch * k * dim

@@ -139,6 +139,15 @@ class PublishedTest(parameterized.TestCase):
       report.update_tables(self.markdown, self.folder / "results")
     )
 
+  def test_a_control_that_has_not_been_run_leaves_the_question_open(self):
+    results, _ = self.publish("planted", {"a": 0.1, "b": 3.0}, control="later")
+    (table,) = report.published_tables(results)
+    self.assertIn("gone in the control is open: no later/.", table.notes[-1])
+    self.publish("later", {"a": 0.1, "b": 0.1001})
+    table, control = report.published_tables(results)
+    self.assertNotIn("is open", " ".join(table.notes))
+    self.assertIn("Verdict", control.columns)
+
   @parameterized.parameters(
     ("no marks\n", "holds no <!-- table: NAME --> line"),
     ("<!-- table: x -->\n", "table 'x' has no <!-- /table --> after it"),

@@ -33,6 +33,7 @@ _CHECK = flags.DEFINE_bool("check", False, "Whether a missed bar is an error.")
 # A child measures in so many threads and prints JSON; set by the parent.
 _CHILD = flags.DEFINE_integer("child", 0, "For internal use.")
 
+_PAUSE_SECS = 0.02
 OPERATORS = ("top_k", "product_key_topk", "sparse_gather", "row_update")
 PEERS = ("torch", "product_key_memory", "fbgemm_gpu")
 
@@ -137,6 +138,8 @@ def _measure(case: Case, threads: int, bandwidth: float):
   for i in range(_REPEATS.value + 1):
     # The order turns, so that none always follows the same.
     for label in list(case.sides)[:: 1 if i % 2 else -1]:
+      # The threads of the one before may still spin, waiting for more.
+      time.sleep(_PAUSE_SECS)
       start = time.perf_counter()
       case.sides[label]()
       secs[label].append(time.perf_counter() - start)

@@ -14,25 +14,35 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.product_key_topk import cpu, reference, xla
 
+_TPU = "pallas_kernels.product_key_topk.pallas_tpu"
+_TRITON = "pallas_kernels.product_key_topk.jax_triton"
 IMPLEMENTATIONS = {
   "reference": reference.product_key_topk,
   "xla": xla.product_key_topk,
   "cpu": cpu.product_key_topk,
+  "pallas_tpu": dispatch.lazy(_TPU, "product_key_topk"),
+  "jax_triton": dispatch.lazy(_TRITON, "product_key_topk"),
 }
 _TOPK_GRADS = {
   "reference": xla.product_key_topk_grad,
   "xla": xla.product_key_topk_grad,
   "cpu": cpu.product_key_topk_grad,
+  "pallas_tpu": dispatch.lazy(_TPU, "product_key_topk_grad"),
+  "jax_triton": dispatch.lazy(_TRITON, "product_key_topk_grad"),
 }
 LOOKUPS = {
   "reference": reference.product_key_lookup,
   "xla": xla.product_key_lookup,
   "cpu": cpu.product_key_lookup,
+  "pallas_tpu": dispatch.lazy(_TPU, "product_key_lookup"),
+  "jax_triton": dispatch.lazy(_TRITON, "product_key_lookup"),
 }
 _LOOKUP_GRADS = {
   "reference": xla.product_key_lookup_grad,
   "xla": xla.product_key_lookup_grad,
   "cpu": cpu.product_key_lookup_grad,
+  "pallas_tpu": dispatch.lazy(_TPU, "product_key_lookup_grad"),
+  "jax_triton": dispatch.lazy(_TRITON, "product_key_lookup_grad"),
 }
 _OPERATOR = "product_key_topk"
 

@@ -19,6 +19,12 @@ IMPLEMENTATIONS = {
   "reference": reference.row_update,
   "xla": xla.row_update,
   "cpu": cpu.row_update,
+  "pallas_tpu": dispatch.lazy(
+    "pallas_kernels.row_update.pallas_tpu", "row_update"
+  ),
+  "pallas_gpu": dispatch.lazy(
+    "pallas_kernels.row_update.pallas_gpu", "row_update"
+  ),
 }
 TABLE_TYPES = (jnp.float32, jnp.bfloat16, jnp.uint16)
 

@@ -16,25 +16,39 @@ from jaxtyping import Array, Float, Int, UInt16
 from pallas_kernels import dispatch
 from pallas_kernels.sparse_gather import cpu, reference, xla
 
+_TPU = "pallas_kernels.sparse_gather.pallas_tpu"
+_GPU = "pallas_kernels.sparse_gather.pallas_gpu"
+_MOSAIC = "pallas_kernels.sparse_gather.mosaic_gpu"
 IMPLEMENTATIONS = {
   "reference": reference.sparse_gather,
   "xla": xla.sparse_gather,
   "cpu": cpu.sparse_gather,
+  "pallas_tpu": dispatch.lazy(_TPU, "sparse_gather"),
+  "pallas_gpu": dispatch.lazy(_GPU, "sparse_gather"),
+  "mosaic_gpu": dispatch.lazy(_MOSAIC, "sparse_gather"),
 }
 _GATED = {
   "reference": reference.sparse_gather_gated,
   "xla": xla.sparse_gather_gated,
   "cpu": cpu.sparse_gather_gated,
+  "pallas_tpu": dispatch.lazy(_TPU, "sparse_gather_gated"),
+  "pallas_gpu": dispatch.lazy(_GPU, "sparse_gather_gated"),
+  "mosaic_gpu": dispatch.lazy(_MOSAIC, "sparse_gather_gated"),
 }
 _WEIGHTS_GRADS = {
   "reference": reference.weights_grad,
   "xla": xla.weights_grad,
   "cpu": cpu.weights_grad,
+  "pallas_tpu": dispatch.lazy(_TPU, "weights_grad"),
+  "pallas_gpu": dispatch.lazy(_GPU, "weights_grad"),
+  "mosaic_gpu": dispatch.lazy(_MOSAIC, "weights_grad"),
 }
 _ROW_GRADS = {
   "reference": reference.row_grads,
   "xla": xla.row_grads,
   "cpu": cpu.row_grads,
+  "pallas_tpu": dispatch.lazy(_TPU, "row_grads"),
+  "pallas_gpu": dispatch.lazy(_GPU, "row_grads"),
 }
 _OPERATOR = "sparse_gather"
 _MAX_INT32 = np.iinfo(np.int32).max

@@ -19,6 +19,8 @@ IMPLEMENTATIONS = {
   "reference": reference.top_k,
   "xla": xla.top_k,
   "cpu": cpu.top_k,
+  "pallas_tpu": dispatch.lazy("pallas_kernels.top_k.pallas_tpu", "top_k"),
+  "jax_triton": dispatch.lazy("pallas_kernels.top_k.jax_triton", "top_k"),
 }
 
 

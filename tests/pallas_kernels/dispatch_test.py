@@ -60,6 +60,20 @@ class DispatchTest(absltest.TestCase):
         top_k(X, 2)
     self.assertEqual(custom_calls(lambda x: top_k(x, 2), X), 1)
 
+  def test_a_kernel_of_another_platform_says_what_it_needs(self):
+    reason = "top_k: pallas_tpu needs a TPU, and this is compiled for cpu"
+    with self.assertRaisesRegex(NotImplementedError, reason):
+      top_k(X, 2, implementation="pallas_tpu")
+    with dispatch.use("pallas_tpu", platform="gpu"):
+      with self.assertRaisesRegex(NotImplementedError, "compiled for gpu"):
+        top_k(X, 2)
+
+  def test_the_platform_of_use_is_the_one_compiled_for(self):
+    fn = lambda x: top_k(x, 2)  # noqa: E731
+    with dispatch.use(None, platform="tpu"):
+      with mock.patch.dict(dispatch.DEFAULTS, tpu={}):
+        self.assertEqual(custom_calls(fn, X), 0)
+
   def test_the_gradient_is_of_the_implementation_that_use_named(self):
     from pallas_kernels.product_key_topk.api import product_key_topk
 

@@ -12,10 +12,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.top_k import arg_specs
-from pallas_kernels.top_k.api import IMPLEMENTATIONS, top_k
+from pallas_kernels.top_k.api import top_k
 
 MESH = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-ALL = tuple(IMPLEMENTATIONS)
+ALL = ("reference", "xla", "cpu")
 
 
 def ordered(x):

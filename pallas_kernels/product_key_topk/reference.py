@@ -46,13 +46,17 @@ def scores(
 
 
 def layer_norm(
-  x: Float[Array, "*rows 2 heads dim"],
-  gain: Float[Array, "2 dim"],
-  eps: float = 1e-6,
+  x: Float[Array, "*rows 2 heads dim"], gain: Float[Array, "2 dim"]
 ) -> Float[Array, "*rows 2 heads dim"]:
   """Zero mean and unit variance over the last axis, times `gain`."""
+  normal = normalise(x)
+  return normal * jnp.broadcast_to(gain[:, None], x.shape)
+
+
+def normalise(
+  x: Float[Array, "*rows dim"], eps: float = 1e-6
+) -> Float[Array, "*rows dim"]:
+  """Zero mean and unit variance over the last axis."""
   centred = x - x.mean(axis=-1, keepdims=True)
   variance = jnp.mean(centred**2, axis=-1, keepdims=True)
-  normal = centred * jax.lax.rsqrt(variance + eps)
-  gain = jnp.broadcast_to(gain[:, None], x.shape)
-  return normal * gain
+  return centred * jax.lax.rsqrt(variance + eps)

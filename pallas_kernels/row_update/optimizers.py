@@ -17,6 +17,7 @@ moments stand still while the row is not read.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -162,13 +163,19 @@ def lazy_adam(
   def update(grads, state, learning_rate, step):
     mu = b1 * state["mu"] + (1 - b1) * grads
     nu = b2 * state["nu"] + (1 - b2) * grads**2
-    count = jnp.asarray(step, jnp.float32)
-    mu_hat = mu / (1 - b1**count)
-    nu_hat = nu / (1 - b2**count)
+    # As a vector: TPU kernels have no exponential of a single number.
+    count = jnp.full((1, 1), step, jnp.float32)
+    mu_hat = mu / (1 - _power(b1, count))
+    nu_hat = nu / (1 - _power(b2, count))
     delta = learning_rate * mu_hat / (jnp.sqrt(nu_hat) + eps)
     return delta, {"mu": mu, "nu": nu}
 
   return RowOptimizer(init, update)
+
+
+def _power(base: float, exponent: Array) -> Array:
+  """`base ** exponent` of positive exponents: kernels have no power."""
+  return jnp.exp(exponent * math.log(base)) if base else 0.0
 
 
 def from_storage(rows: Array) -> Float[Array, "*shape"]:

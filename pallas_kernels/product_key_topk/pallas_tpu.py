@@ -120,11 +120,10 @@ def product_key_topk_grad(
   A comparison with every key in place of a scatter, which a TPU does one
   number after the other; XLA sums it without writing it down.
   """
-  every_key = jnp.arange(num_keys)
 
   def spread(keys):
-    is_key = keys[..., :, None] == every_key
-    return jnp.sum(jnp.where(is_key, grads[..., :, None], 0.0), axis=-2)
+    is_key = jax.nn.one_hot(keys, num_keys, dtype=jnp.bool_)
+    return jnp.sum(jnp.where(is_key, grads[..., None], 0.0), axis=-2)
 
   return [spread(slots // num_keys), spread(slots % num_keys)]
 

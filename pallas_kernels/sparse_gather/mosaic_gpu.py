@@ -93,7 +93,7 @@ def _check(table: Array) -> None:
     capability = jax.local_devices()[0].compute_capability
     if float(capability) < 9:
       raise NotImplementedError(
-        "sparse_gather: mosaic_gpu needs asynchronous copies of Hopper, compute "
+        "sparse_gather: mosaic_gpu needs the copies of Hopper, compute "
         f"capability 9.0, and this GPU has {capability}; take "
         "implementation='pallas_gpu'"
       )

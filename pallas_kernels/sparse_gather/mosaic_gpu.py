@@ -254,6 +254,8 @@ def _over_rows(
 
     @pl.when(j + num_slots < k)
     def _():
+      # No copy may overtake a read of what it overwrites.
+      plgpu.commit_smem()
       start(j + num_slots)
 
     return carry

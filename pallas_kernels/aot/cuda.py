@@ -155,7 +155,7 @@ def compile_for(
   mesh = _mesh(target)
   sharding = NamedSharding(mesh, P())
   jitted = jax.jit(
-    fn,
+    lambda *args: fn(*args),  # Of its own, lest jax knows it from before.
     donate_argnums=donate_argnums,
     in_shardings=sharding,
     out_shardings=sharding,
@@ -187,7 +187,7 @@ def _mesh(target: str) -> Mesh:
       target_config=_TARGET.format(**_TARGETS[target]),
       topology="1x1x1",
     )
-  except Exception as error:  # jax names no type for a missing plugin.
+  except RuntimeError as error:
     raise RuntimeError(
       f"compile_for: the CUDA plugin of jax is missing; {_INSTALL}: {error}"
     ) from error

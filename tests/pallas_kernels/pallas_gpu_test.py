@@ -133,7 +133,9 @@ class RowUpdateTest(InterpretedCase):
     indices, weights = ids((3, 4, 6), high=22), normal((3, 4, 6), 1)
     # A hot row, whose reads take several steps of the loop.
     indices, grads = indices.at[:2].set(5), normal((3, 4, 19), 2)
-    got = jax.jit(functools.partial(row_update, num_rows=18))(
+    # With a decay a row would show that it was updated by mistake.
+    options = {"optimizer": "rowwise_adagrad", "weight_decay": 0.3}
+    got = jax.jit(functools.partial(row_update, num_rows=18, **options))(
       *(table, state, indices, grads),
       weights=weights,
       learning_rate=row_update_test.RATE,
@@ -143,7 +145,7 @@ class RowUpdateTest(InterpretedCase):
     reads = np.asarray(indices).reshape(-1)
     want = row_update_test.expected(
       *(table, state, np.where(reads < 18, reads, -1), parts.reshape(-1, 19)),
-      optimizer="rowwise_adagrad",
+      **options,
     )
     row_update_test.check(got, want)
 

@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.native.call import result_type
 from pallas_kernels.sparse_gather import reference
 
 # Threads of a warpgroup.
@@ -135,6 +136,7 @@ def _call(kernel, table, indices, others, *, out_widths, name) -> list[Array]:
     padding = ((0, num_groups * group - size), (0, 0))
     return jnp.pad(x, padding, constant_values=fill).reshape(-1)
 
+  inputs = (table, flat(indices, -1), *(flat(x, 0) for x in others))
   outputs = plgpu.kernel(
     functools.partial(kernel, k=k, dim=dim, group=group),
     out_type=[
@@ -151,9 +153,12 @@ def _call(kernel, table, indices, others, *, out_widths, name) -> list[Array]:
     grid_names=("group",),
     interpret=dispatch.interpret_mode() or None,
     kernel_name=name,
-  )(table, flat(indices, -1), *(flat(x, 0) for x in others))
+  )(*inputs)
+  # Inside of `shard_map` the call forgets over which axes a result differs.
+  varying = result_type((), jnp.float32, *inputs).manual_axis_type.varying
   return [
-    x[: size * width] for x, width in zip(outputs, out_widths, strict=True)
+    jax.lax.pcast(x[: size * width], tuple(varying), to="varying")
+    for x, width in zip(outputs, out_widths, strict=True)
   ]
 
 

@@ -3,11 +3,13 @@
 import functools
 import itertools
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import pytest
 from absl.testing import absltest, parameterized
+from jax.experimental import topologies
 
 from pallas_kernels import dispatch
 from pallas_kernels.aot import cuda
@@ -138,14 +140,26 @@ class CompileForTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "unknown target 'v100'"):
       cuda.compile_for("v100", lambda x: x, jnp.ones(1))
 
-  def test_sees_a_copy_and_a_temporary(self):
-    table = shape_of((1000, 64), jnp.float32)
-    compiled = cuda.compile_for(
-      "h100", lambda x: (x.at[0].set(1.0), jnp.sum(x)), table
+    cuda._mesh.cache_clear()
+    with mock.patch("shutil.which", return_value=None):
+      with mock.patch("pathlib.Path.glob", return_value=[]):
+        with self.assertRaisesRegex(RuntimeError, "ptxas is not on PATH"):
+          cuda._find_ptxas()
+    missing = mock.patch.object(
+      topologies, "get_topology_desc", side_effect=NotImplementedError
     )
-    self.assertEqual(compiled.argument_bytes, 4 * 64_000)
-    self.assertEqual(compiled.alias_bytes, 0)
-    self.assertGreater(compiled.output_bytes, 4 * 64_000)
+    with missing, self.assertRaisesRegex(RuntimeError, r"recjax\[aot\]"):
+      cuda.compile_for("h100", lambda x: x, jnp.ones(1))
+
+  def test_sees_a_table_that_was_not_donated(self):
+    table = shape_of((1000, 64), jnp.float32)
+    for donated, alias_bytes in (((), 0), ((0,), 4 * 64_000)):
+      compiled = cuda.compile_for(
+        "h100", lambda x: x.at[0].set(1.0), table, donate_argnums=donated
+      )
+      self.assertEqual(compiled.argument_bytes, 4 * 64_000)
+      self.assertEqual(compiled.output_bytes, 4 * 64_000)
+      self.assertEqual(compiled.alias_bytes, alias_bytes)
     self.assertNotEmpty(compiled.kernels)
     self.assertTrue(all(kernel.registers > 0 for kernel in compiled.kernels))
 

@@ -1,0 +1,1 @@
+"""Compilers of accelerators, run on a machine that has none; see `cuda`."""

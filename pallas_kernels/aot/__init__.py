@@ -1,0 +1,1 @@
+"""Compilers of accelerators that are not there; for tests."""

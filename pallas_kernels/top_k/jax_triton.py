@@ -81,8 +81,9 @@ def plan(n: int, k: int, dtype: Any) -> dict[str, Any]:
 
 
 def _call(x, options):
-  from pallas_kernels.top_k import triton_kernels
   import triton.language as tl
+
+  from pallas_kernels.top_k import triton_kernels
 
   options = options | {"key_type": getattr(tl, options["key_type"])}
   rows, n = math.prod(x.shape[:-1]), x.shape[-1]

@@ -67,18 +67,21 @@ def call(
     num_warps: A program.
     **constants: The kernel's `constexpr`.
   """
-  outputs = require(operator).triton_call(
-    *arrays,
-    *scalars,
-    kernel=kernel,
-    name=f"pallas_kernels.{operator}",
-    out_shape=[jax.ShapeDtypeStruct(*result) for result in results],
-    grid=tuple(grid),
-    num_warps=num_warps,
-    # One buffer: there are no loops of matrix products to overlap.
-    num_stages=1,
-    **constants,
-  )
+  if 0 in grid:
+    outputs = [jnp.zeros(*result) for result in results]
+  else:
+    outputs = require(operator).triton_call(
+      *arrays,
+      *scalars,
+      kernel=kernel,
+      name=f"pallas_kernels.{operator}",
+      out_shape=[jax.ShapeDtypeStruct(*result) for result in results],
+      grid=tuple(grid),
+      num_warps=num_warps,
+      # One buffer: there are no loops of matrix products to overlap.
+      num_stages=1,
+      **constants,
+    )
   # It does not know of `shard_map`, where results differ as the inputs do.
   varying = frozenset().union(
     *(jax.typeof(x).manual_axis_type.varying for x in arrays)

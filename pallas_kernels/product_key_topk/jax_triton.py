@@ -20,7 +20,7 @@ from pallas_kernels.product_key_topk import xla
 
 _MAX_K = 64
 _MAX_DIM = 256
-# Rows, keys and dimensions that a product of Triton takes at least.
+# Rows and keys of a product that keep all threads at work.
 _MIN_PRODUCT = 16
 # Programs that keep the largest GPUs at work.
 _NUM_PROGRAMS = 512
@@ -130,12 +130,16 @@ def plan_lookup(
       f"{_MAX_DIM} dimensions, got {key_dim}"
     )
   options = plan_topk(num_keys, top_k)
+  # 128 registers a thread on compute capability 9.0, so that two programs of
+  # 8 warps share a multiprocessor; 206 with twice the keys and dimensions.
   return options | {
     "num_heads": num_heads,
     "key_dim": key_dim,
     "block_rows": _MIN_PRODUCT,
-    "block_keys": max(options["block_keys"], _MIN_PRODUCT),
-    "block_dim": _MIN_PRODUCT,
+    "block_keys": max(
+      options["num_best"], min(options["block_keys"], 128), _MIN_PRODUCT
+    ),
+    "block_dim": 8,
     "padded_dim": max(triton.power_of_two(key_dim), _MIN_PRODUCT),
     "num_warps": 8,
   }

@@ -298,20 +298,20 @@ def queries_grad_kernel(
     grads = tl.zeros((block_rows, padded_dim), tl.float32)
     for j in range(top_k):
       key = _key_of_axis(slots + chosen + j, has_row, axis, num_keys)
-      place = key[:, None] * key_dim + dim[None, :]
+      values = sub_keys + key[:, None] * key_dim + dim[None, :]
       score_grad = tl.load(score_grads + chosen + j, mask=has_row, other=0.0)
-      values = tl.load(sub_keys + place, mask=is_real, other=0.0)
+      values = tl.load(values, mask=is_real, other=0.0)
       grads += score_grad[:, None] * values
     if has_gain:
       mean, scale = _mean_and_scale(
         queries + starts, has_row, key_dim, padded_dim, has_gain
       )
-      place = starts[:, None] + dim[None, :]
-      x = tl.load(queries + place, mask=is_real, other=0.0)
+      x = queries + starts[:, None] + dim[None, :]
+      x = tl.load(x, mask=is_real, other=0.0)
       x = tl.where(is_real, (x - mean[:, None]) * scale[:, None], 0.0)
-      place = (tl.program_id(0) * num_heads + head) * 2 + axis
-      place = place * key_dim + dim
-      tl.store(gain_grads + place, tl.sum(grads * x, 0), mask=dim < key_dim)
+      part = (tl.program_id(0) * num_heads + head) * 2 + axis
+      part = gain_grads + part * key_dim + dim
+      tl.store(part, tl.sum(grads * x, 0), mask=dim < key_dim)
       gains = tl.load(
         gain + axis * key_dim + dim, mask=dim < key_dim, other=0.0
       )
@@ -319,8 +319,8 @@ def queries_grad_kernel(
       along = tl.sum(grads * x, axis=1, keep_dims=True) / key_dim
       grads -= tl.sum(grads, axis=1, keep_dims=True) / key_dim
       grads = (grads - x * along) * scale[:, None]
-    place = starts[:, None] + dim[None, :]
-    tl.store(query_grads + place, grads, mask=is_real)
+    query_grad = query_grads + starts[:, None] + dim[None, :]
+    tl.store(query_grad, grads, mask=is_real)
 
 
 @triton.jit

@@ -1,1 +1,1 @@
-"""Compilers of accelerators that are not there; for tests."""
+"""Compilers of accelerators, run on a machine that has none; see `cuda`."""

@@ -64,22 +64,38 @@ class Rule:
     grads: Float[Array, "rows dim"],
     learning_rate: Float[Array, ""],
     step: Int[Array, ""],
+    *,
+    dim: int | None = None,
   ) -> tuple[Float[Array, "rows dim"], dict[str, Array]]:
-    """New rows and state of float32 rows whose gradients are summed."""
+    """New rows and state of float32 rows whose gradients are summed.
+
+    Args:
+      rows: Their values.
+      state: Of these rows.
+      grads: Of these rows.
+      learning_rate: Step size.
+      step: Update count, from 1.
+      dim: Entries of a row, behind which lie zeros; None means all.
+    """
     if self.weight_decay:
       grads = grads + self.weight_decay * rows
     if self.clip_norm is not None:
       norm = jnp.linalg.norm(grads, axis=-1, keepdims=True)
       grads = grads * jnp.minimum(1.0, self.clip_norm / (norm + 1e-12))
     optimizer = make_row_optimizer(
-      self.optimizer, eps=self.eps, b1=self.b1, b2=self.b2
+      self.optimizer, eps=self.eps, b1=self.b1, b2=self.b2, dim=dim
     )
     delta, state = optimizer.update(grads, state, learning_rate, step)
     return rows - delta, state
 
 
 def make_row_optimizer(
-  name: str, *, eps: float = 1e-8, b1: float = 0.9, b2: float = 0.999
+  name: str,
+  *,
+  eps: float = 1e-8,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  dim: int | None = None,
 ) -> RowOptimizer:
   """The optimiser called `name`; see the module's table.
 
@@ -88,7 +104,7 @@ def make_row_optimizer(
   """
   makers = {
     "sgd": sgd,
-    "rowwise_adagrad": lambda: rowwise_adagrad(eps=eps),
+    "rowwise_adagrad": lambda: rowwise_adagrad(eps=eps, dim=dim),
     "adagrad": lambda: adagrad(eps=eps),
     "lazy_adam": lambda: lazy_adam(b1=b1, b2=b2, eps=eps),
   }
@@ -115,8 +131,13 @@ def sgd() -> RowOptimizer:
   return RowOptimizer(init, update)
 
 
-def rowwise_adagrad(*, eps: float = 1e-8) -> RowOptimizer:
-  """Adagrad with one accumulator a row: the mean of the squared gradient."""
+def rowwise_adagrad(
+  *, eps: float = 1e-8, dim: int | None = None
+) -> RowOptimizer:
+  """Adagrad with one accumulator a row: the mean of the squared gradient.
+
+  The mean is over `dim` entries, if zeros follow them.
+  """
 
   def init(num_rows: int, dim: int) -> dict[str, Array]:
     del dim
@@ -129,7 +150,8 @@ def rowwise_adagrad(*, eps: float = 1e-8) -> RowOptimizer:
     step: int | Int[Array, ""],
   ):
     del step
-    total = state["sum"] + jnp.mean(grads**2, axis=-1)
+    mean = jnp.sum(grads**2, axis=-1) / (dim or grads.shape[-1])
+    total = state["sum"] + mean
     delta = learning_rate * grads / (jnp.sqrt(total) + eps)[:, None]
     return delta, {"sum": total}
 

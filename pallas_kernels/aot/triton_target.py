@@ -20,6 +20,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
 
+import jax
+
+from pallas_kernels.native import triton
+
 
 class Kernel(NamedTuple):
   """What Triton compiled for one call."""
@@ -45,6 +49,8 @@ def triton_target(compute_capability: int) -> Iterator[list[Kernel]]:
   Yields:
     The kernels that it compiles, in this order; empty at first.
   """
+  # A missing wheel is told of with what to install.
+  triton.require("triton_target")
   from jax_triton import triton_lib
 
   kernels = []
@@ -60,6 +66,7 @@ def triton_target(compute_capability: int) -> Iterator[list[Kernel]]:
     patch(library, "get_compute_capability", lambda device: compute_capability)
     patch(library, "TritonKernel", keep)
     # Else what was compiled for another capability would be taken.
+    jax.clear_caches()
     patch(triton_lib, "_COMPILED_KERNEL_CACHE", {})
     yield kernels
 

@@ -32,11 +32,12 @@ def top_k(
     raise NotImplementedError(
       f"top_k: jax_triton sorts k in registers, to {_MAX_K}, got k = {k}"
     )
+  options = plan(x.shape[-1], max(k, 1), x.dtype)
   triton.require("top_k")
   if k == 0:
     shape = (*x.shape[:-1], k)
     return jnp.zeros(shape, x.dtype), jnp.zeros(shape, jnp.int32)
-  fn = functools.partial(_call, options=plan(x.shape[-1], k, x.dtype))
+  fn = functools.partial(_call, options=options)
   return triton.over_rows(fn, 1)(x)
 
 

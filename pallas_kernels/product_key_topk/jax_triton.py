@@ -106,17 +106,20 @@ def plan_topk(num_keys: int, top_k: int) -> dict[str, Any]:
   num_best = triton.power_of_two(min(top_k, num_keys))
   num_pairs = len(xla.candidate_pairs(top_k, num_keys)[0])
   padded_k = triton.power_of_two(top_k)
+  padded_pairs = max(triton.power_of_two(num_pairs), padded_k)
   block_keys = max(num_best, min(triton.power_of_two(num_keys), 256))
+  block_rows = max(1, 1024 // block_keys)
   return {
     "num_keys": num_keys,
     "top_k": top_k,
     "padded_k": padded_k,
     "num_best": num_best,
     "num_pairs": num_pairs,
-    "padded_pairs": max(triton.power_of_two(num_pairs), padded_k),
-    "block_rows": max(1, 1024 // block_keys),
+    "padded_pairs": padded_pairs,
+    "block_rows": block_rows,
     "block_keys": block_keys,
-    "num_warps": 4,
+    # Up to 8 keys a thread, of two registers each, and as many to compare.
+    "num_warps": 8 if block_rows * padded_pairs > 1024 else 4,
   }
 
 
@@ -211,6 +214,8 @@ def _lookup_grad(queries, keys, gain, slots, score_grads):
     **options,
   )
   block_keys = min(max(triton.power_of_two(num_keys), _MIN_PRODUCT), 64)
+  # 8 rows a product, so that its operands leave registers for the sums.
+  options |= {"block_rows": 8, "num_warps": min(max(padded_dim // 8, 4), 16)}
   key_blocks = triton.ceil_div(num_keys, block_keys)
   shares = max(1, min(blocks, _NUM_PROGRAMS // (key_blocks * 2 * heads)))
   (key_grads,) = triton.call(

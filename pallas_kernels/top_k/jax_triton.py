@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.native import triton
 
 _MAX_K = 256
-# Groups, or members of the k best groups, that one program sorts.
+# Keys that one program holds: loaded ones, groups, or members of the k best.
 _MAX_SORTED = 8192
 # A vector of 16 bytes is what a thread loads at once.
 _VECTOR_BYTES = 16
@@ -60,7 +60,7 @@ def plan(n: int, k: int, dtype: Any) -> dict[str, Any]:
       f"top_k: jax_triton sorts {_MAX_SORTED} keys at once, which is enough "
       f"for k * n to {_MAX_SORTED**2 // 4}, got k = {k} and n = {n}"
     )
-  vector = min(size, _VECTOR_BYTES // itemsize)
+  vector = min(size, _VECTOR_BYTES // itemsize, _MAX_SORTED // num_groups)
   # 16 bits of score and 16 of column.
   key_type = "int32" if itemsize == 2 and n <= 2**16 else "int64"
   loaded = num_groups * vector

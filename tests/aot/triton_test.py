@@ -9,6 +9,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import unittest
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,10 @@ class TritonValuesTest(parameterized.TestCase):
     self.assertIn("checked", done.stdout)
 
 
+@unittest.skipIf(
+  sys.version_info >= (3, 12),
+  "jax-triton 0.3.1 works with jax 0.10.2 only, the last of Python 3.11",
+)
 class TritonCompiledTest(parameterized.TestCase):
   def compile(self, target, registers, fn, *shapes):
     """The program, of kernels without a spill and of few registers each."""

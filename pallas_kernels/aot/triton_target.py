@@ -22,7 +22,7 @@ from unittest import mock
 
 import jax
 
-from pallas_kernels.native import triton
+from pallas_kernels.gpu import triton
 
 
 class Kernel(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.native import triton
+from pallas_kernels.gpu import triton
 from pallas_kernels.product_key_topk import xla
 
 _MAX_K = 64

@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch, triton_rows
+from pallas_kernels import dispatch
+from pallas_kernels.gpu import rows as gpu_rows
 from pallas_kernels.native.call import result_type
 from pallas_kernels.row_update import optimizers
 
@@ -51,9 +52,9 @@ def row_update(
     )
   if not num_rows:
     return table, state
-  groups = triton_rows.group_reads(ids.reshape(-1), num_rows)
+  groups = gpu_rows.group_reads(ids.reshape(-1), num_rows)
   num_warps = max(1, pl.next_power_of_2(dim) // 256)
-  num_reads, width = triton_rows.tile_sizes(dim, 4 * num_warps, _MAX_DIM)
+  num_reads, width = gpu_rows.tile_sizes(dim, 4 * num_warps, _MAX_DIM)
   inputs = [*groups, grads.reshape(-1, dim)]
   if weights is not None:
     inputs.append(weights.reshape(-1))
@@ -107,7 +108,7 @@ def _kernel(
   i = pl.program_id(0)
   start, end = starts[i], starts[i + 1]
   columns = jax.lax.iota(jnp.int32, width)
-  total = triton_rows.sum_reads(
+  total = gpu_rows.sum_reads(
     *(order, weights, grads, start, end, columns), num_rows=num_reads, k=k
   )
   row = jnp.full((1,), rows[i], jnp.int32)
@@ -117,13 +118,13 @@ def _kernel(
   def read(ref):
     if len(ref.shape) == 1:
       return plt.load(ref.at[row], mask=mask, other=0.0)
-    return triton_rows.load_rows(ref, row, columns, mask=mask)
+    return gpu_rows.load_rows(ref, row, columns, mask=mask)
 
   def write(ref, values):
     if len(ref.shape) == 1:
       plt.store(ref.at[row], values, mask=mask)
     else:
-      triton_rows.store_rows(ref, row, columns, values, mask=mask)
+      gpu_rows.store_rows(ref, row, columns, values, mask=mask)
 
   new_rows, new_state = rule.apply(
     read(table),

@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch, triton_rows
+from pallas_kernels import dispatch
+from pallas_kernels.gpu import rows as gpu_rows
 from pallas_kernels.native.call import result_type
 from pallas_kernels.sparse_gather import reference
 
@@ -68,7 +69,7 @@ def weights_grad(
     return reference.weights_grad(table, indices, output_grad)
   k, dim = indices.shape[-1], table.shape[1]
   num_outputs = indices.size // k
-  num_rows, width = triton_rows.tile_sizes(dim, _NUM_WARPS, 1024)
+  num_rows, width = gpu_rows.tile_sizes(dim, _NUM_WARPS, 1024)
   inputs = (
     table,
     indices.reshape(num_outputs, k),
@@ -106,10 +107,10 @@ def row_grads(
   k, dim = indices.shape[-1], output_grad.shape[-1]
   if not dim:
     return reference.row_grads(indices, weights, output_grad, num_rows=num_rows)
-  groups = triton_rows.group_reads(indices.reshape(-1), num_rows)
+  groups = gpu_rows.group_reads(indices.reshape(-1), num_rows)
   size = groups.rows.shape[0]
   num_warps = max(1, min(_MAX_ROW_WIDTH, dim) // 256)
-  num_reads, width = triton_rows.tile_sizes(dim, 4 * num_warps, _MAX_ROW_WIDTH)
+  num_reads, width = gpu_rows.tile_sizes(dim, 4 * num_warps, _MAX_ROW_WIDTH)
   inputs = (
     groups.starts,
     groups.order,
@@ -137,7 +138,7 @@ def _sums(table, indices, weights, gate, *, num_outputs: int) -> list[Array]:
   k, dim = indices.shape[-1], table.shape[1]
   batch = indices.shape[:-1]
   size = math.prod(batch)
-  num_rows, width = triton_rows.tile_sizes(dim, _NUM_WARPS, _MAX_WIDTH)
+  num_rows, width = gpu_rows.tile_sizes(dim, _NUM_WARPS, _MAX_WIDTH)
   inputs = [table, indices.reshape(size, k), weights.reshape(size, k)]
   if gate is not None:
     inputs.append(gate.reshape(size, dim))
@@ -172,7 +173,7 @@ def _sums_kernel(table, indices, weights, *refs, num_rows, width, is_gated):
       weight = plt.load(
         weights.at[rows, column], mask=mask & (column < k), other=0.0
       )
-      read = triton_rows.load_rows(table, ids, columns, mask=is_read)
+      read = gpu_rows.load_rows(table, ids, columns, mask=is_read)
       total += weight[:, None] * read
     return total
 
@@ -181,10 +182,10 @@ def _sums_kernel(table, indices, weights, *refs, num_rows, width, is_gated):
   if is_gated:
     gate, *refs = refs
     tanh = jnp.tanh(total)
-    gate = triton_rows.load_rows(gate, rows, columns, mask=mask)
+    gate = gpu_rows.load_rows(gate, rows, columns, mask=mask)
     outputs = [gate * tanh, tanh]
   for ref, output in zip(refs, outputs, strict=False):
-    triton_rows.store_rows(ref, rows, columns, output, mask=mask)
+    gpu_rows.store_rows(ref, rows, columns, output, mask=mask)
 
 
 def _weights_grad_kernel(
@@ -195,19 +196,17 @@ def _weights_grad_kernel(
   rows, mask = _own_rows(indices, num_rows)
   first_columns = jax.lax.iota(jnp.int32, width)
   # The gradient stays in registers, if one tile is all of it.
-  first_grad = triton_rows.load_rows(
-    output_grad, rows, first_columns, mask=mask
-  )
+  first_grad = gpu_rows.load_rows(output_grad, rows, first_columns, mask=mask)
 
   def dot(first, carry):
     for j in range(min(_UNROLL, k)):
       ids, is_read = _load_ids(indices, rows, first + j, mask, table.shape[0])
-      read = triton_rows.load_rows(table, ids, first_columns, mask=is_read)
+      read = gpu_rows.load_rows(table, ids, first_columns, mask=is_read)
       products = first_grad * read
       for block in range(1, pl.cdiv(dim, width)):
         columns = block * width + first_columns
-        grad = triton_rows.load_rows(output_grad, rows, columns, mask=mask)
-        read = triton_rows.load_rows(table, ids, columns, mask=is_read)
+        grad = gpu_rows.load_rows(output_grad, rows, columns, mask=mask)
+        read = gpu_rows.load_rows(table, ids, columns, mask=is_read)
         products += grad * read
       column = jnp.full((num_rows,), first + j, jnp.int32)
       plt.store(
@@ -225,12 +224,12 @@ def _row_grads_kernel(
 ):
   row = pl.program_id(0)
   columns = pl.program_id(1) * width + jax.lax.iota(jnp.int32, width)
-  total = triton_rows.sum_reads(
+  total = gpu_rows.sum_reads(
     *(order, weights, output_grad, starts[row], starts[row + 1], columns),
     num_rows=num_reads,
     k=k,
   )
-  triton_rows.store_rows(
+  gpu_rows.store_rows(
     grads,
     jnp.full((1,), row, jnp.int32),
     columns,

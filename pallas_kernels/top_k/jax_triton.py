@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.native import triton
+from pallas_kernels.gpu import triton
 
 _MAX_K = 256
 # Keys that one program holds: loaded ones, groups, or members of the k best.

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pallas_kernels import dispatch
-from pallas_kernels.native import triton
+from pallas_kernels.gpu import triton
 from pallas_kernels.product_key_topk import reference
 from pallas_kernels.product_key_topk.api import (
   product_key_lookup,

@@ -11,7 +11,8 @@ import sparse_gather_test
 from absl.testing import absltest, parameterized
 from sparse_gather_test import close, ids, normal, stored
 
-from pallas_kernels import dispatch, triton_rows
+from pallas_kernels import dispatch
+from pallas_kernels.gpu import rows as gpu_rows
 from pallas_kernels.row_update.api import row_update
 from pallas_kernels.sparse_gather.api import (
   sparse_gather,
@@ -173,7 +174,7 @@ class GroupReadsTest(parameterized.TestCase):
     reads = np.asarray(ids((40,)))
     groups = jax.tree.map(
       np.asarray,
-      jax.jit(triton_rows.group_reads, static_argnums=1)(reads, num_rows),
+      jax.jit(gpu_rows.group_reads, static_argnums=1)(reads, num_rows),
     )
     valid = reads[(reads >= 0) & (reads < num_rows)]
     size, distinct = min(40, num_rows), np.unique(valid)

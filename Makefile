@@ -14,10 +14,10 @@ demo: $(VENV)/.run
 	$(RUN) -m experiments.demo --workdir=runs/demo
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest -n 2 -m 'not aot' --durations=15
+	$(RUN) -m pytest -n 2 -m 'not aot and not gpu' --durations=15
 
 test-fast: $(VENV)/.dev
-	$(RUN) -m pytest -n 2 -m 'not slow and not aot'
+	$(RUN) -m pytest -n 2 -m 'not slow and not aot and not gpu'
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
@@ -51,8 +51,15 @@ test-sanitize: $(VENV)/.dev
 		ASAN_OPTIONS=detect_leaks=0 PALLAS_KERNELS_CXXFLAGS="$(SANITIZE)" \
 		$(RUN) -m pytest tests/pallas_kernels -k 'not Build'
 
-soak test-gpu bench-gpu:
-	@echo "make $@: nothing to do yet; it comes with the kernels and soaks"
+# On a machine with a GPU, which they need.
+test-gpu: $(VENV)/.gpu
+	JAX_PLATFORMS=cuda $(RUN) -m pytest -m gpu tests/gpu
+
+bench-gpu: $(VENV)/.gpu
+	JAX_PLATFORMS=cuda $(RUN) -m pallas_kernels.bench_gpu
+
+soak:
+	@echo "make $@: nothing to do yet; it comes with the soaks"
 
 $(VENV)/.run: requirements.txt
 	@echo "Setting up $(VENV) (about a minute) ..."
@@ -69,6 +76,10 @@ $(VENV)/.dev: $(VENV)/.run pyproject.toml
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) -e '.[bench]'
 	$(PIP) --no-deps 'fbgemm-gpu-cpu==1.8.0'
+	@touch $@
+
+$(VENV)/.gpu: $(VENV)/.dev
+	$(PIP) -e '.[gpu]' torch
 	@touch $@
 
 $(VENV)/.aot: $(VENV)/.dev

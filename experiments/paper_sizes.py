@@ -162,24 +162,28 @@ def make_tpu_mesh(topology: str) -> Mesh:
 
 def compile_step(method: Method, mesh: Mesh, batch_size: int) -> Any:
   """The whole training step, lowered and compiled for `mesh`."""
+  train_step, state, batch = step_and_shapes(method, batch_size)
+  placement = parallel.MeshPlacement(mesh)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+  step = placement.compile_step(train_step, state)
+  return step.lower(
+    jax.tree.map(place, state, placement.shardings(state)),
+    jax.tree.map(lambda x: place(x, placement.batch_sharding), batch),
+  ).compile()
+
+
+def step_and_shapes(method: Method, batch_size: int) -> tuple[Any, Any, Any]:
+  """`step(state, batch)`, and the shapes of both."""
   config = train_state.StepConfig(
     method, method.stages[0], optimizer_lib.Config(), num_steps=1000
   )
-  placement = parallel.MeshPlacement(mesh)
   state = jax.eval_shape(
     functools.partial(train_state.init_state, config=config), jax.random.key(0)
   )
   batch = jax.eval_shape(
     lambda: empty_batch(method.schema, method.config.tasks, batch_size)
   )
-  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-  step = placement.compile_step(
-    functools.partial(train_state.train_step, config=config), state
-  )
-  return step.lower(
-    jax.tree.map(place, state, placement.shardings(state)),
-    jax.tree.map(lambda x: place(x, placement.batch_sharding), batch),
-  ).compile()
+  return functools.partial(train_state.train_step, config=config), state, batch
 
 
 def describe(compiled: Any) -> dict[str, Any]:

@@ -35,8 +35,17 @@ DEFAULTS: Mapping[str, Mapping[str, str]] = {
     "sparse_gather": "cpu",
     "row_update": "cpu",
   },
-  "tpu": {},
-  "gpu": {},
+  "tpu": {
+    "product_key_topk": "pallas_tpu",
+    "sparse_gather": "pallas_tpu",
+    "row_update": "pallas_tpu",
+  },
+  "gpu": {
+    "top_k": "jax_triton",
+    "product_key_topk": "jax_triton",
+    "sparse_gather": "pallas_gpu",
+    "row_update": "pallas_gpu",
+  },
 }
 _PLATFORMS = {
   "pallas_tpu": "tpu",

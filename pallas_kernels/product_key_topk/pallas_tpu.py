@@ -69,6 +69,7 @@ def product_key_lookup(
       transcendentals=num_rows * num_heads * top_k,
     ),
     interpret=dispatch.interpret_mode(),
+    name="product_key_lookup",
   )(queries.reshape(num_rows, -1), keys, *gains)
   shape = (*queries.shape[:-3], num_heads, top_k)
   return tuple(jnp.moveaxis(x, -1, 0).reshape(shape) for x in (weights, slots))
@@ -104,6 +105,7 @@ def product_key_topk(
       transcendentals=0,
     ),
     interpret=dispatch.interpret_mode(),
+    name="product_key_topk",
   )(*(x.reshape(num_rows, num_keys) for x in (row_scores, col_scores)))
   shape = (*row_scores.shape[:-1], top_k)
   return sums.T.reshape(shape), slots.T.reshape(shape)
@@ -173,6 +175,7 @@ def product_key_lookup_grad(
       transcendentals=0,
     ),
     interpret=dispatch.interpret_mode(),
+    name="product_key_lookup_grad",
   )(
     queries.reshape(num_rows, -1),
     keys,

@@ -99,6 +99,7 @@ def row_update(
       transcendentals=size,
     ),
     interpret=dispatch.interpret_mode(),
+    name="row_update",
   )(*inputs, *in_place)
   return table, {
     name: write(x, new) if is_small[name] else new

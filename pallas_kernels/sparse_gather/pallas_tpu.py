@@ -78,6 +78,7 @@ def weights_grad(
   """See `reference.weights_grad`."""
   plan = _Plan(table, indices, is_resident)
   call = plan.call(
+    "sparse_gather_weights_grad",
     _weights_grad_kernel,
     in_specs=[plan.row_spec()],
     # Slices of the features give parts of the products.
@@ -109,6 +110,7 @@ def _sums(table, indices, weights, gates, num_gated, is_resident):
   """Weighted sums or, with a gate, `num_gated` results made of them."""
   plan = _Plan(table, indices, is_resident)
   call = plan.call(
+    "sparse_gather",
     functools.partial(_sums_kernel, has_gate=bool(gates)),
     in_specs=[
       pl.BlockSpec((plan.block, plan.k), lambda d, r: (r, 0)),
@@ -163,7 +165,7 @@ class _Plan:
   def row_spec(self):
     return pl.BlockSpec((self.block, self.width), lambda d, r: (r, d))
 
-  def call(self, kernel, *, in_specs, out_specs, out_shapes, flops):
+  def call(self, name, kernel, *, in_specs, out_specs, out_shapes, flops):
     ids_spec = pl.BlockSpec(
       (None, 1, self.block * self.k),
       lambda d, r: (r, 0, 0),
@@ -194,6 +196,7 @@ class _Plan:
       ),
       cost_estimate=self.cost(in_specs, out_specs, flops),
       interpret=dispatch.interpret_mode(),
+      name=name,
     )
 
   def cost(self, in_specs, out_specs, flops):

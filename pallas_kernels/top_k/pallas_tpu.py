@@ -57,6 +57,7 @@ def top_k(
       transcendentals=0,
     ),
     interpret=dispatch.interpret_mode(),
+    name="top_k",
   )(x.reshape(num_rows, n))
   # Rows were the faster axis in the kernel, and may stay so: XLA decides.
   values = networks.to_float(keys.T).astype(x.dtype)

@@ -126,6 +126,7 @@ def sum_by_id(
       transcendentals=0,
     ),
     interpret=dispatch.interpret_mode(),
+    name="sum_by_id",
   )(*scalars, grads, jnp.zeros((size, dim), jnp.float32))
 
 

@@ -4,13 +4,11 @@ import contextlib
 import functools
 from unittest import mock
 
-import jax
 from absl.testing import parameterized
 from jax._src.pallas.mosaic.interpret import (
   interpret_pallas_call as interpreter,
 )
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend import core as jax_core
 
 from pallas_kernels import dispatch
 
@@ -82,20 +80,3 @@ def hbm_traffic():
     ),
   ):
     yield bytes_moved
-
-
-def estimated_bytes(fn, *arguments) -> int:
-  """`bytes_accessed` of the cost estimates of all kernels in `fn`."""
-  total = 0
-
-  def visit(jaxpr):
-    nonlocal total
-    for eqn in jaxpr.eqns:
-      if eqn.primitive.name == "pallas_call":
-        total += eqn.params["cost_estimate"].bytes_accessed
-      else:
-        for inner in jax_core.jaxprs_in_params(eqn.params):
-          visit(inner)
-
-  visit(jax.make_jaxpr(fn)(*arguments).jaxpr)
-  return total

@@ -5,8 +5,9 @@
         --results=experiments/results/msn_collapse
 
 All 2 x 2 x 2 combinations of the three devices of MSN (arXiv 2602.07526), which
-the paper does not take apart, on the bundled KuaiRand log. A row is named by
-the devices that it has. 40 runs, nothing tuned.
+the paper does not take apart, on the bundled KuaiRand log, with a memory in
+each of two layers. A row is named by the devices that it has. 40 runs, nothing
+tuned.
 """
 
 import itertools
@@ -27,7 +28,8 @@ def get_sweep() -> Sweep:
   models = []
   for present in itertools.product((True, False), repeat=len(DEVICES)):
     names = [n for n, here in zip(DEVICES, present, strict=True) if here]
-    words = dict(DEVICES[n] for n in DEVICES if n not in names)
+    words = {"model.memory_layers": (0, 1)}
+    words |= dict(DEVICES[n] for n in DEVICES if n not in names)
     label = "_".join(names) or "none"
     models.append(common.model(label, "msn:base", words))
   return Sweep(

@@ -3,10 +3,10 @@
     python -m experiments.run --config=experiments/configs/msn.py:base \\
         --workdir=runs/msn
 
-Sizes: `tiny` (seconds), `base` (bundled data; one memory, for a second one
-costs 0.001 of validation AUC there: `sweeps/msn_ablation.py`), `paper` (a memory
-of 256 ** 2 slots in each of 2 layers, 32 read; T = 16 and D = 1024 fit the
-paper's tables).
+Sizes: `tiny` (seconds), `base` (bundled data; one memory, for a second costs
+0.001 of validation AUC there: `sweeps/msn_ablation.py`), `paper` (a memory of
+256 ** 2 slots in each of 2 layers, 32 read; T = 16 and D = 1024 fit the paper's
+tables).
 """
 
 from experiments.configs import common

@@ -93,13 +93,18 @@ class SparseGatherTest(tpu_case.TpuCase):
     close(got, jnp.stack(want))
 
   def test_rows_that_were_read_over_several_blocks(self):
-    indices, weights = reads(40, 9, 5), normal(9, 5)
-    grads = normal(9, 128, seed=1)
-    with mock.patch.object(segments, "_BLOCK", 16):
+    indices, weights = reads(60, 15, 5), normal(15, 5)
+    grads = normal(15, 128, seed=1)
+    self.assertGreater(len(np.unique(indices)), 2 * segments.GROUP)
+    with (
+      mock.patch.object(segments, "_BLOCK", 16),
+      mock.patch.object(segments, "_IN_FLIGHT", 4),
+      mock.patch.object(segments, "SLOTS", 2),
+    ):
       got = pallas_kernels.sparse_gather_row_grads(
-        indices, weights, grads, num_rows=40
+        indices, weights, grads, num_rows=60
       )
-    want = gather_reference.row_grads(indices, weights, grads, num_rows=40)
+    want = gather_reference.row_grads(indices, weights, grads, num_rows=60)
     np.testing.assert_array_equal(got[0], want[0])
     close(got[1], want[1])
 
@@ -152,14 +157,17 @@ class RowUpdateTest(tpu_case.TpuCase):
     self.assertNotEmpty(untouched)
     np.testing.assert_array_equal(new[untouched], table[untouched])
 
-  def test_plain_reads(self):
-    table, ids, grads = normal(20, 128), reads(20, 9), normal(9, 128, seed=1)
+  def test_plain_reads_of_more_rows_than_are_open_at_a_time(self):
+    num_rows = segments.SLOTS * segments.GROUP + 20
+    ids = np.random.default_rng(0).permutation(num_rows)
+    ids[:9] = reads(num_rows, 9)
+    table, grads = normal(num_rows, 128), normal(num_rows, 128, seed=1)
     new, _ = pallas_kernels.row_update(
       table, {}, ids, grads, optimizer="sgd", learning_rate=0.5
     )
     want = np.float64(table)
     for i, grad in zip(ids, grads, strict=True):
-      if 0 <= i < 20:
+      if 0 <= i < num_rows:
         want[i] -= 0.5 * np.float64(grad)
     close(new, want)
 

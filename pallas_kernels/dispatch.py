@@ -36,6 +36,7 @@ DEFAULTS: Mapping[str, Mapping[str, str]] = {
     "row_update": "cpu",
   },
   "tpu": {
+    "top_k": "pallas_tpu",
     "product_key_topk": "pallas_tpu",
     "sparse_gather": "pallas_tpu",
     "row_update": "pallas_tpu",

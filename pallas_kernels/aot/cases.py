@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jax_core
 
 import pallas_kernels
 from pallas_kernels.product_key_topk import arg_specs as search_specs
@@ -73,6 +74,24 @@ def all_cases() -> dict[str, Case]:
     *(_lookup_grad(name) for name in search_specs.ARG_SPECS),
   ]
   return {case.name: case for case in cases}
+
+
+def kernel_bytes(fn, *arguments) -> int:
+  """Bytes that the kernels of `fn` say they move, by their cost estimates."""
+  total = 0
+
+  def visit(jaxpr):
+    nonlocal total
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "pallas_call":
+        total += equation.params["cost_estimate"].bytes_accessed
+      else:
+        for inner in jax_core.jaxprs_in_params(equation.params):
+          visit(inner)
+
+  # A function of its own, lest jax knows the trace of another kernel.
+  visit(jax.make_jaxpr(lambda *x: fn(*x))(*arguments).jaxpr)
+  return total
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

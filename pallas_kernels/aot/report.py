@@ -8,6 +8,7 @@ the tables of `pallas_kernels/README.md` from that. About half an hour for all;
 `--tables` compiles nothing.
 """
 
+import importlib.metadata
 import json
 import pathlib
 import re
@@ -15,9 +16,7 @@ import tempfile
 from typing import Any
 
 import jax
-import libtpu
 from absl import app, flags
-from jax.extend import core as jax_core
 
 from pallas_kernels import dispatch
 from pallas_kernels.aot import cases, cuda, tpu, triton_target
@@ -49,7 +48,7 @@ def main(argv) -> None:
             print(key, json.dumps(found), flush=True)
     report["compilers"] = {
       "jax": jax.__version__,
-      "libtpu": libtpu.__version__,
+      "libtpu": importlib.metadata.version("libtpu"),
     }
     REPORT.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
   head = README.read_text().split(MARK)[0]
@@ -85,7 +84,7 @@ def compile_entry(key: str) -> dict[str, Any] | None:
   platform = "tpu" if target in tpu.TOPOLOGIES else "gpu"
   with dispatch.use(implementation, platform=platform):
     try:
-      moved = kernel_bytes(case.fn, *case.arguments)
+      moved = cases.kernel_bytes(case.fn, *case.arguments)
     except NotImplementedError:
       return None
     compile_fn = {
@@ -94,24 +93,6 @@ def compile_entry(key: str) -> dict[str, Any] | None:
     }.get(implementation, _compile_tpu if platform == "tpu" else _compile_cuda)
     found = compile_fn(target, case)
   return {"kernel_bytes": moved} | found
-
-
-def kernel_bytes(fn, *arguments) -> int:
-  """Bytes that the kernels of `fn` say they move, by their cost estimates."""
-  total = 0
-
-  def visit(jaxpr):
-    nonlocal total
-    for equation in jaxpr.eqns:
-      if equation.primitive.name == "pallas_call":
-        total += equation.params["cost_estimate"].bytes_accessed
-      else:
-        for inner in jax_core.jaxprs_in_params(equation.params):
-          visit(inner)
-
-  # A function of its own, lest jax knows the trace of another kernel.
-  visit(jax.make_jaxpr(lambda *x: fn(*x))(*arguments).jaxpr)
-  return total
 
 
 def _compile_tpu(target: str, case: cases.Case) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class TpuKernelsTest(parameterized.TestCase):
     if name.startswith(("sparse_gather/", "product_key_lookup")):
       self.assertLessEqual(found["kernel_bytes"], 1.2 * case.fused_bytes)
     with dispatch.use("pallas_tpu", platform="tpu"):
-      moved = report.kernel_bytes(case.fn, *case.arguments)
+      moved = cases.kernel_bytes(case.fn, *case.arguments)
     self.assertEqual(moved, found["kernel_bytes"])
 
   def test_no_kernel_has_become_longer(self):

@@ -13,6 +13,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
+from pallas_kernels.aot import cases
 from pallas_kernels.product_key_topk import reference as search_reference
 from pallas_kernels.row_update import optimizers
 from pallas_kernels.row_update import reference as update_reference
@@ -246,7 +247,7 @@ class TrafficTest(tpu_case.TpuCase):
   def traffic(self, fn, *arguments):
     with tpu_case.hbm_traffic() as moved:
       jax.block_until_ready(fn(*arguments))
-    estimate = tpu_case.estimated_bytes(fn, *arguments)
+    estimate = cases.kernel_bytes(fn, *arguments)
     total = sum(moved.values())
     self.assertLess(abs(total - estimate), 0.02 * estimate, (moved, estimate))
     return moved

@@ -90,7 +90,9 @@ def weights_grad(
   )
   grads = output_grad.reshape(plan.num_bags, plan.dim)
   (parts,) = call(plan.ids(indices), table, grads)
-  return [parts.sum(0).reshape(indices.shape), output_grad]
+  products = parts.sum(0).reshape(indices.shape)
+  # What comes back waits for the read: see `api.sparse_gather`, `tap`.
+  return list(jax.lax.optimization_barrier((products, output_grad)))
 
 
 def row_grads(

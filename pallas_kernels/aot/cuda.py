@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
 import re
 import shutil
@@ -70,7 +69,7 @@ _TARGETS = {
     "shared_per_block": 232_448,
   },
 }
-# Stands before ptxas on PATH and keeps what it reports.
+# Stands for ptxas and keeps what it reports.
 _WRAPPER = """#!/bin/sh
 "{ptxas}" -v "$@" 2> "{folder}/$$.report"
 status=$?
@@ -164,7 +163,10 @@ def compile_for(
   with _gpu_is_cuda(), use_abstract_mesh(mesh.abstract_mesh):
     lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
     with _kept_reports() as folder:
-      executable = lowered.compile()
+      # Else XLA takes the assembler of NVIDIA's wheel, or that on PATH.
+      executable = lowered.compile(
+        compiler_options={"xla_gpu_cuda_data_dir": str(folder)}
+      )
       reports = [path.read_text() for path in folder.glob("*.report")]
   memory = executable.memory_analysis()
   return Compiled(
@@ -224,24 +226,20 @@ def _gpu_is_cuda() -> Iterator[None]:
 @contextlib.contextmanager
 def _kept_reports() -> Iterator[pathlib.Path]:
   """A folder that holds what `ptxas` reports inside this block."""
-  folder = _wrapper_folder()
+  folder = _toolkit()
   for path in folder.glob("*.report"):
     path.unlink()
-  path = os.environ.get("PATH", "")
-  os.environ["PATH"] = f"{folder}{os.pathsep}{path}"
-  try:
-    yield folder
-  finally:
-    os.environ["PATH"] = path
+  yield folder
 
 
 @functools.cache
-def _wrapper_folder() -> pathlib.Path:
-  """One for the process, since XLA looks for `ptxas` once."""
+def _toolkit() -> pathlib.Path:
+  """A toolkit of an assembler alone, whose reports are kept."""
   ptxas = _find_ptxas()
   folder = pathlib.Path(tempfile.mkdtemp(prefix="ptxas_reports_"))
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
-  wrapper = folder / "ptxas"
+  wrapper = folder / "bin" / "ptxas"
+  wrapper.parent.mkdir()
   wrapper.write_text(_WRAPPER.format(folder=folder, ptxas=ptxas))
   wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
   return folder

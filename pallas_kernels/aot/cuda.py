@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import re
 import shutil
@@ -229,7 +230,13 @@ def _kept_reports() -> Iterator[pathlib.Path]:
   folder = _toolkit()
   for path in folder.glob("*.report"):
     path.unlink()
-  yield folder
+  # XLA is told of the toolkit, Mosaic looks on PATH.
+  path = os.environ.get("PATH", "")
+  os.environ["PATH"] = f"{folder / 'bin'}{os.pathsep}{path}"
+  try:
+    yield folder
+  finally:
+    os.environ["PATH"] = path
 
 
 @functools.cache

@@ -34,7 +34,11 @@ class GpuKernelsTest(parameterized.TestCase):
 
     try:
       got = run(implementation)
-    except (NotImplementedError, ValueError) as error:
+    except NotImplementedError as error:
+      self.skipTest(str(error))
+    except ValueError as error:
+      if "unknown implementation" not in str(error):
+        raise
       self.skipTest(str(error))
     for a, b in zip(*map(jax.tree.leaves, (got, run("xla"))), strict=True):
       if jnp.issubdtype(a.dtype, jnp.integer):

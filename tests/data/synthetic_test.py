@@ -10,6 +10,7 @@ from sklearn import linear_model
 from sklearn import metrics as sklearn_metrics
 
 from recjax.data import pipeline, synthetic
+from recjax.data.claims import memory_rules
 from recjax.errors import UserError
 from recjax.schema import SPLITS
 
@@ -41,7 +42,8 @@ class Data:
       for split, num in columns.num_rows.items()
     }
     self.dense = {split: columns.raw_dense(split) for split in SPLITS}
-    self.logits = synthetic.true_logits(config)
+    logits = synthetic.true_logits(config)
+    self.logits = {split: v["click"] for split, v in logits.items()}
 
   def labels(self, split):
     return self.batches[split].labels["click"]
@@ -109,7 +111,9 @@ class MemoryRulesTest(parameterized.TestCase):
       np.testing.assert_array_equal(
         again.logits[split], planted().logits[split]
       )
-      self.assertGreater(np.abs(other[split] - again.logits[split]).min(), 0)
+      self.assertGreater(
+        np.abs(other[split]["click"] - again.logits[split]).min(), 0
+      )
 
   def test_parts_are_other_draws_of_one_world(self):
     logits = planted().logits
@@ -171,15 +175,15 @@ class MemoryRulesTest(parameterized.TestCase):
     for name, rival in rivals.items():
       auc = sklearn_metrics.roc_auc_score(labels, rival)
       loss = sklearn_metrics.log_loss(labels, 1 / (1 + np.exp(-rival)))
-      self.assertLessEqual(auc, best["auc"] + 1e-12, name)
-      self.assertGreater(loss, best["logloss"], name)
+      self.assertLessEqual(auc, best["click/auc"] + 1e-12, name)
+      self.assertGreater(loss, best["click/logloss"], name)
 
   def test_knowing_the_rules_is_worth_much(self):
     """Main effects alone are far below, in AUC, so there is room to win."""
     data = planted()
     main = data.logits["test"] - self._rules(data, "test")
     auc = sklearn_metrics.roc_auc_score(data.labels("test"), main)
-    self.assertLess(auc, data.scores["test"]["auc"] - 0.1)
+    self.assertLess(auc, data.scores["test"]["click/auc"] - 0.1)
 
   def _rules(self, data, split):
     """The interaction part: the mean logit of each cell, centred twice."""
@@ -200,8 +204,8 @@ class MemoryRulesTest(parameterized.TestCase):
       labels, logits = data.labels(split), data.logits[split]
       auc = sklearn_metrics.roc_auc_score(labels, logits)
       loss = sklearn_metrics.log_loss(labels, 1 / (1 + np.exp(-logits)))
-      self.assertAlmostEqual(scores["auc"], auc, places=10)
-      self.assertAlmostEqual(scores["logloss"], loss, places=10)
+      self.assertAlmostEqual(scores["click/auc"], auc, places=10)
+      self.assertAlmostEqual(scores["click/logloss"], loss, places=10)
 
   def test_only_the_planted_data_has_an_interaction(self):
     for split, least in (("train", 20), ("test", 3)):
@@ -231,18 +235,20 @@ class MemoryRulesTest(parameterized.TestCase):
     second = synthetic.best_scores(dataclasses.replace(config, control=True))
     for split in SPLITS:
       self.assertAlmostEqual(
-        first[split]["auc"], second[split]["auc"], delta=0.02
+        first[split]["click/auc"], second[split]["click/auc"], delta=0.02
       )
       self.assertAlmostEqual(
-        first[split]["logloss"], second[split]["logloss"], delta=0.02
+        first[split]["click/logloss"],
+        second[split]["click/logloss"],
+        delta=0.02,
       )
 
   def test_no_embeddings_of_few_dimensions_factor_the_rules(self):
-    claim = synthetic._memory_rules(synthetic.Config("memory_rules"))
+    claim = memory_rules.make(synthetic.Config("memory_rules"))
     block, logits = claim.draw(np.random.default_rng(0), 400_000)
     ids = block.ids["user_cluster"] - 1, block.ids["item_cluster"] - 1
     total, count = np.zeros((32, 64)), np.zeros((32, 64))
-    np.add.at(total, ids, logits)
+    np.add.at(total, ids, logits["click"])
     np.add.at(count, ids, 1)
     mean = total / count
     rules = mean - mean.mean(1, keepdims=True) - mean.mean(0) + mean.mean()
@@ -253,8 +259,12 @@ class MemoryRulesTest(parameterized.TestCase):
     """Raise VERSION and measure every table anew if this must change."""
     config = synthetic.Config("memory_rules", num_rows=1000)
     logits = synthetic.true_logits(config)
-    np.testing.assert_allclose(logits["train"][:3], FROZEN["train"], rtol=1e-6)
-    np.testing.assert_allclose(logits["test"][:3], FROZEN["test"], rtol=1e-6)
+    np.testing.assert_allclose(
+      logits["train"]["click"][:3], FROZEN["train"], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+      logits["test"]["click"][:3], FROZEN["test"], rtol=1e-6
+    )
     self.assertEqual(synthetic.VERSION, 1)
 
 
@@ -303,7 +313,7 @@ class MistakesTest(parameterized.TestCase):
     )
     data = load(config)
     self.assertEqual(data.num_rows, {"train": 8, "valid": 1, "test": 1})
-    self.assertTrue(np.isnan(data.scores["test"]["auc"]))
+    self.assertTrue(np.isnan(data.scores["test"]["click/auc"]))
 
 
 if __name__ == "__main__":

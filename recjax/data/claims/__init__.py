@@ -1,0 +1,1 @@
+"""One file a planted claim: its law, and its control; see `synthetic`."""

@@ -21,6 +21,14 @@ from tests import toy
 TASKS = ("click", "like", "play_time")
 # Overrides that make a method tiny; a method that is not named takes none.
 RANKMIXER = {"embed_dim": 4, "num_tokens": 2, "token_dim": 8, "num_layers": 1}
+HYFORMER = {
+  "embed_dim": 4,
+  "num_tokens": 4,
+  "token_dim": 8,
+  "num_layers": 1,
+  "num_heads": 2,
+  "recent_len": 3,
+}
 TINY = {
   "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
   "dcnv2": {
@@ -49,6 +57,7 @@ TINY = {
     "memory_layers": [0],
     "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
   },
+  "hyformer": HYFORMER,
 }
 # Other forms of a method: name -> (method, overrides on top of its TINY).
 VARIANTS = {

@@ -136,7 +136,8 @@ def merge_events(
   """
   parts = list(events.values())
   vectors = jnp.concatenate(
-    [part.vectors + kinds[i] for i, part in enumerate(parts)], axis=1
+    [part.vectors + kinds[i][None, None] for i, part in enumerate(parts)],
+    axis=1,
   )
   mask = jnp.concatenate([part.mask for part in parts], axis=1)
   ages = [part.age for part in parts]

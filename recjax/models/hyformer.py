@@ -356,9 +356,10 @@ class Model(nn.Module):
       shared = list(features)
     pooled = {}
     if config.query_input == "all":
+      # A mapping that has been through `jit` is in another order.
       pooled = {
-        name: events_lib.repeat_users(vector, batch.size)
-        for name, vector in state.pooled.items()
+        name: events_lib.repeat_users(state.pooled[name], batch.size)
+        for name in self.num_queries
       }
     own = config.pooled == "own"
     inputs = [

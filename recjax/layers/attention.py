@@ -48,8 +48,9 @@ class TransformerLayer(nn.Module):
   """`x + Attention(LN(x))`, then `x + FFN(LN(x))`.
 
   Attributes:
+    dim: Width of a position.
     num_heads: Attention heads.
-    mlp_ratio: Inner width of the network over the width of `x`.
+    mlp_ratio: Inner width of the network over `dim`.
     num_queries: Only so many last positions are updated and returned; 0 for
       all. Keys are all positions.
     is_causal: True hides from a position what comes after it.
@@ -59,6 +60,7 @@ class TransformerLayer(nn.Module):
     dtype: Type of the computation.
   """
 
+  dim: int
   num_heads: int
   mlp_ratio: float = 4.0
   num_queries: int = 0
@@ -68,7 +70,19 @@ class TransformerLayer(nn.Module):
   chunk: int = 0
   dtype: jax.typing.DTypeLike = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    self.attention_norm = nn.LayerNorm(dtype=self.dtype)
+    self.attention = Attention(
+      self.num_heads,
+      self.dim,
+      self.dim,
+      self.implementation,
+      self.chunk,
+      self.dtype,
+    )
+    self.ffn_norm = nn.LayerNorm(dtype=self.dtype)
+    self.ffn = FeedForward(self.mlp_ratio, self.dropout_rate, self.dtype)
+
   def __call__(
     self,
     x: Float[Array, "batch length dim"],
@@ -76,25 +90,25 @@ class TransformerLayer(nn.Module):
     train: bool,
   ) -> Float[Array, "batch queries dim"]:
     """Updated positions; `mask` names the valid ones of `x`."""
-    norm = nn.LayerNorm(dtype=self.dtype, name="attention_norm")(x)
     queries = last(x, self.num_queries)
-    attention = Attention(
-      self.num_heads,
-      x.shape[-1],
-      x.shape[-1],
-      self.implementation,
-      self.chunk,
-      self.dtype,
-      name="attention",
-    )
-    attended = attention(
-      last(norm, self.num_queries),
-      attention.keys_values(norm),
-      key_mask(mask, queries.shape[1], self.is_causal),
-    )
-    x = queries + attended
-    ffn = FeedForward(self.mlp_ratio, self.dropout_rate, self.dtype, name="ffn")
-    return x + ffn(nn.LayerNorm(dtype=self.dtype, name="ffn_norm")(x), train)
+    seen = key_mask(mask, queries.shape[1], self.is_causal)
+    return self.update(queries, self.keys_values(x), seen, train)
+
+  def keys_values(self, x: Float[Array, "users length dim"]) -> KeysValues:
+    """What positions show to others."""
+    return self.attention.keys_values(self.attention_norm(x))
+
+  def update(
+    self,
+    x: Float[Array, "batch queries dim"],
+    user: KeysValues,
+    mask: Bool[Array, "users one_or_queries length"],
+    train: bool,
+    own: KeysValues | None = None,
+  ) -> Float[Array, "batch queries dim"]:
+    """Positions after they have seen others; see `Attention`."""
+    x = x + self.attention(self.attention_norm(x), user, mask, own)
+    return x + self.ffn(self.ffn_norm(x), train)
 
 
 class FeedForward(nn.Module):

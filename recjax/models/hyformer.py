@@ -493,6 +493,7 @@ def make_encoder(config: Config, layer: int) -> nn.Module:
     return kind(**shape)
   compresses = config.encoder == "longer" and layer == 0
   return kind(
+    config.width,
     config.num_heads,
     num_queries=config.recent_len if compresses else 0,
     implementation=config.attention,

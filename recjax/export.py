@@ -44,7 +44,8 @@ from jaxtyping import Array
 
 import pallas_kernels
 from recjax import optimizer as optimizer_lib
-from recjax import restore, serve
+from recjax import restore
+from recjax import scorer as scorer_lib
 from recjax.batch import Batch
 from recjax.config import build
 from recjax.data.columns import Columns
@@ -117,7 +118,7 @@ def make_artefact(
   Returns:
     A program `(weights, arrays) -> {task: prediction}` with a free batch size,
     and its weights: `params/<path>` and `tables/<name>`. The arrays of a batch
-    are those of `serve.Scorer.encode`.
+    are those of `scorer.Scorer.encode`.
 
   Example:
     >>> program, weights = make_artefact(                # doctest: +SKIP
@@ -156,7 +157,7 @@ def make_artefact(
 def describe_data(
   columns: Columns,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """How raw columns become arrays, as `serve.Encoder` takes it.
+  """How raw columns become arrays, as `scorer.Encoder` takes it.
 
   Args:
     columns: The prepared data.
@@ -238,16 +239,16 @@ def _write(folder: pathlib.Path, run: restore.Run, golden: dict[str, Any]):
   write_json(
     folder / "manifest.json", _manifest(run, program, weights, description)
   )
-  shutil.copyfile(serve.__file__, folder / "score.py")
+  shutil.copyfile(scorer_lib.__file__, folder / "score.py")
   (folder / "README.md").write_text(_readme(run), encoding="utf-8")
   has_search = any(t.in_model for t in run.method.tables.values())
   least = _AGREEING if has_search else 1.0
-  golden = _agreeing(golden, serve.Scorer(folder), least)
+  golden = _agreeing(golden, scorer_lib.Scorer(folder), least)
   write_json(folder / "golden.json", golden)
 
 
 def _agreeing(
-  golden: dict[str, Any], scorer: serve.Scorer, least: float
+  golden: dict[str, Any], scorer: scorer_lib.Scorer, least: float
 ) -> dict[str, Any]:
   """The golden rows that the export scores as the model does.
 
@@ -400,7 +401,7 @@ def _manifest(
 
 
 def _describe(feature: Feature) -> dict[str, Any]:
-  """What `serve` must know of a raw column."""
+  """What `scorer` must know of a raw column."""
   entry = {"name": feature.name, "kind": feature.kind}
   if feature.is_id:
     entry["vocabulary"] = feature.vocab

@@ -53,6 +53,7 @@ GROUPS = (
     "recjax.tuning",
     "recjax.workers",
     "recjax.export",
+    "recjax.scorer",
     "recjax.serve",
   ),
   ("experiments",),

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from recjax import export, serve
+from recjax import export
 from recjax import method as method_lib
+from recjax import scorer as scorer_lib
 from recjax.errors import UserError
 from tests import command_case, model_contract_test, run_case, toy
 
@@ -46,7 +47,7 @@ def make_case(name):
 
 
 def arrays_of(batch):
-  """What `serve.Encoder` gives for a batch."""
+  """What `scorer_lib.Encoder` gives for a batch."""
   arrays = {"dense": batch.dense, "example_mask": batch.example_mask}
   for kind in ("ids", "id_mask", "vectors"):
     arrays |= {f"{kind}/{k}": v for k, v in getattr(batch, kind).items()}
@@ -101,7 +102,7 @@ class ArtefactTest(parameterized.TestCase):
     folder = self.enter_context(tempfile.TemporaryDirectory())
     path = pathlib.Path(folder) / "x.safetensors"
     export.write_tensors(path, tensors)
-    mapped = serve.map_tensors(path)
+    mapped = scorer_lib.map_tensors(path)
     theirs = safetensors.numpy.load_file(path)
     for read in (mapped, theirs):
       self.assertCountEqual(read, tensors)
@@ -112,7 +113,7 @@ class ArtefactTest(parameterized.TestCase):
       self.assertEqual(mapped[name].ctypes.data % 64, 0)
     path.write_bytes(path.read_bytes()[:-1])
     with self.assertRaisesRegex(ValueError, "cut off"):
-      serve.map_tensors(path)
+      scorer_lib.map_tensors(path)
 
 
 class ExportCommandTest(command_case.CommandTestCase):
@@ -268,10 +269,10 @@ class ExportRunTest(run_case.RunTestCase):
     config["model"] |= {"memory": memory | {"value_dtype": "bfloat16"}}
     self.run_once(config)
     folder = self.export()
-    scorer = serve.Scorer(folder, max_batch_size=16)
+    scorer = scorer_lib.Scorer(folder, max_batch_size=16)
     golden = json.loads((folder / "golden.json").read_text())
     self.assertLess(scorer.differences(golden).max(), 1e-5)
-    tables = serve.map_tensors(folder / "tables.safetensors")
+    tables = scorer_lib.map_tensors(folder / "tables.safetensors")
     self.assertEqual(tables["memory_0/values"].dtype, np.uint16)
     # Rows of several batches, and scores in their units.
     scores = scorer.score(golden["columns"])
@@ -289,8 +290,8 @@ class ExportRunTest(run_case.RunTestCase):
     ):
       content = (folder / name).read_bytes()
       (folder / name).write_bytes(content[: len(content) // 2])
-      with self.assertRaisesRegex(serve.InputError, message):
-        serve.Scorer(folder)
+      with self.assertRaisesRegex(scorer_lib.InputError, message):
+        scorer_lib.Scorer(folder)
       (folder / name).write_bytes(content)
 
   def test_changed_data_is_a_mistake(self):
@@ -311,7 +312,7 @@ class ExportRunTest(run_case.RunTestCase):
       "columns": {"a": list(range(20))},
       "predictions": {"click": [0.5] * 20},
     }
-    scorer = mock.create_autospec(serve.Scorer, instance=True)
+    scorer = mock.create_autospec(scorer_lib.Scorer, instance=True)
     scorer.differences.return_value = np.array([0.0] * 19 + [0.2])
     with self.assertRaisesRegex(RuntimeError, "differs .* by up to 2.0e-01"):
       export._agreeing(golden, scorer, 1.0)

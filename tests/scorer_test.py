@@ -3,7 +3,8 @@ import json
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from recjax import export, serve
+from recjax import export
+from recjax import scorer as scorer_lib
 from recjax.data import table
 from recjax.schema import SPLITS
 from tests.data import table_case
@@ -45,7 +46,7 @@ def encoder_of(columns):
   description["dense"] = {
     name: values.tolist() for name, values in description["dense"].items()
   }
-  return serve.Encoder(json.loads(json.dumps(description)), tensors)
+  return scorer_lib.Encoder(json.loads(json.dumps(description)), tensors)
 
 
 def take(data, part):
@@ -151,7 +152,7 @@ class EncoderTest(table_case.TableTestCase):
     encoder = encoder_of(self.open(data))
     rows = {name: values[:2] for name, values in data.items()} | wrong
     rows = {name: values for name, values in rows.items() if values is not ...}
-    with self.assertRaisesRegex(serve.InputError, message) as caught:
+    with self.assertRaisesRegex(scorer_lib.InputError, message) as caught:
       encoder.encode(rows)
     self.assertNotIn("\n", str(caught.exception))
 

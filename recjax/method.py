@@ -326,6 +326,9 @@ def empty_batch(schema: Schema, tasks: tuple[str, ...], size: int = 1) -> Batch:
     scenario=jnp.zeros((size,), jnp.int32),
     groups={},
     example_mask=false,
+    event_age={
+      f.name: jnp.zeros((size, f.max_len)) for f in schema.sequences if f.time
+    },
     real_labels=frozenset(
       label.name for label in schema.labels if label.kind == "real"
     ),

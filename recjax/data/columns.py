@@ -373,6 +373,7 @@ def pad_batch(batch: Batch, size: int) -> Batch:
     scenario=pad(batch.scenario),
     groups=pad_all(batch.groups),
     example_mask=pad(batch.example_mask),
+    event_age=pad_all(batch.event_age),
     real_labels=batch.real_labels,
   )
 

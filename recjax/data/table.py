@@ -273,12 +273,6 @@ def _check_supported(schema: Schema, where: str):
         f"{place}: takes the vocabulary of {feature.vocabulary!r}; give "
         '"buckets" there'
       )
-    shared = feature.vocabulary
-    if shared is not None and schema.feature(shared).vocab != shared:
-      raise UserError(
-        f"{place}: {shared!r} has no vocabulary of its own; name "
-        f"{schema.feature(shared).vocab!r}"
-      )
 
 
 def _used_columns(schema: Schema) -> list[str]:

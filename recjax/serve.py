@@ -278,7 +278,9 @@ class Ranker:
       name: value[:, :0] if name in self._lists else value
       for name, value in batch.id_mask.items()
     }
-    return batch.replace(ids=ids, id_mask=mask, labels={}, label_mask={})
+    return batch.replace(
+      ids=ids, id_mask=mask, labels={}, label_mask={}, event_age={}
+    )
 
 
 class UserCache:

@@ -53,6 +53,8 @@ GROUPS = (
     "recjax.tuning",
     "recjax.workers",
     "recjax.export",
+    "recjax.export_golden",
+    "recjax.raw_rows",
     "recjax.scorer",
     "recjax.serve",
   ),

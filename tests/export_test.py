@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from recjax import export
+from recjax import export, export_golden
 from recjax import method as method_lib
 from recjax import scorer as scorer_lib
 from recjax.errors import UserError
@@ -49,7 +49,7 @@ def make_case(name):
 def arrays_of(batch):
   """What `scorer_lib.Encoder` gives for a batch."""
   arrays = {"dense": batch.dense, "example_mask": batch.example_mask}
-  for kind in ("ids", "id_mask", "vectors"):
+  for kind in ("ids", "id_mask", "vectors", "event_age"):
     arrays |= {f"{kind}/{k}": v for k, v in getattr(batch, kind).items()}
   return arrays
 
@@ -138,7 +138,20 @@ class ExportCommandTest(command_case.CommandTestCase):
       "price": [99.0, -99.0, 0.0],
     }.items():
       columns[name] = [*list(columns[name])[:-3], *values]
-    options = self.write_table(columns)
+    # The history's events have times and sides; " " is two without an item.
+    counts = [len(h.split(" ")) if h else 0 for h in columns["history"]]
+    columns["history_at"] = [list(range(n)) for n in counts]
+    columns["history_user"] = [[f"u{i}" for i in range(n)] for n in counts]
+    columns["at"] = counts
+    history = command_case.SCHEMA["features"]["history"]
+    options = self.write_table(
+      columns,
+      command_case.schema(
+        history=history
+        | {"time": "history_at", "side": {"history_user": "user"}}
+      )
+      | {"roles": command_case.SCHEMA["roles"] | {"time": "at"}},
+    )
     tasks = "--config.model.tasks=('click', 'secs')"
     self.assertEqual(self.train(*options, tasks).code, 0)
     result = json.loads((self.workdir / "result.json").read_text())
@@ -186,11 +199,14 @@ class ExportCommandTest(command_case.CommandTestCase):
       names[manifest["num_weights"] :],
       [
         "dense",
+        "event_age/history",
         "example_mask",
         "id_mask/genres",
         "id_mask/history",
+        "id_mask/history_user",
         "ids/genres",
         "ids/history",
+        "ids/history_user",
         "ids/item",
         "ids/user",
         "vectors/content",
@@ -315,8 +331,8 @@ class ExportRunTest(run_case.RunTestCase):
     scorer = mock.create_autospec(scorer_lib.Scorer, instance=True)
     scorer.differences.return_value = np.array([0.0] * 19 + [0.2])
     with self.assertRaisesRegex(RuntimeError, "differs .* by up to 2.0e-01"):
-      export._agreeing(golden, scorer, 1.0)
-    kept = export._agreeing(golden, scorer, 0.9)
+      export_golden.agreeing(golden, scorer, 1.0)
+    kept = export_golden.agreeing(golden, scorer, 0.9)
     self.assertEqual(kept["columns"], {"a": list(range(19))})
     self.assertLen(kept["predictions"]["click"], 19)
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from recjax.schema import Schema
 
@@ -35,8 +35,8 @@ class Block:
   groups: dict[str, Int[np.ndarray, " n"]]
   time: Float[np.ndarray, " n"] | None = None
 
-  def take(self, chosen: Int[np.ndarray, " m"]) -> "Block":
-    """The rows at `chosen`."""
+  def take(self, chosen: Shaped[np.ndarray, " m"]) -> "Block":
+    """The rows at `chosen`, their numbers or a mask."""
 
     def take(arrays):
       return {name: array[chosen] for name, array in arrays.items()}

@@ -21,6 +21,15 @@ from tests import toy
 TASKS = ("click", "like", "play_time")
 # Overrides that make a method tiny; a method that is not named takes none.
 RANKMIXER = {"embed_dim": 4, "num_tokens": 2, "token_dim": 8, "num_layers": 1}
+SEQUENCE = RANKMIXER | {"event_dim": 4, "num_heads": 2}
+HYFORMER = {
+  "embed_dim": 4,
+  "num_tokens": 4,
+  "token_dim": 8,
+  "num_layers": 1,
+  "num_heads": 2,
+  "recent_len": 3,
+}
 TINY = {
   "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
   "dcnv2": {
@@ -49,6 +58,11 @@ TINY = {
     "memory_layers": [0],
     "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
   },
+  "hyformer": HYFORMER,
+  "longer": SEQUENCE
+  | {"merge_len": 2, "inner_trans": True, "global_tokens": ["target", "cls"]},
+  "transformer_rankmixer": SEQUENCE,
+  "din_rankmixer": RANKMIXER | {"event_dim": 4, "attention_dims": [6]},
 }
 # Other forms of a method: name -> (method, overrides on top of its TINY).
 VARIANTS = {
@@ -57,6 +71,15 @@ VARIANTS = {
   "rankmixer_relu_moe": ("rankmixer", {"ffn": "relu_moe"}),
   "msn_smoe": ("msn", {"ffn": "smoe"}),
   "msn_relu_moe": ("msn", {"ffn": "relu_moe"}),
+  "hyformer_literal": (
+    "hyformer",
+    {
+      "encoder": "swiglu",
+      "merge_sequences": True,
+      "paper_literal": True,
+      "reinject_features": True,
+    },
+  ),
   "dlrm_mlp_memory": (
     "dlrm_mlp",
     {

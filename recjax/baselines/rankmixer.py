@@ -110,33 +110,23 @@ class Model(nn.Module):
       dtype,
       name="tokens",
     )(batch, rows["embedding"])
-    mask = batch.example_mask
-    two = train and config.ffn == "relu_moe"
-    if two:
-      x, mask = two_paths(x, axis=1), two_paths(mask)
-    terms, counters = {}, {}
-    for i in range(config.num_layers):
-      x, more, counts = RankMixerBlock(
-        config.mlp_ratio,
-        config.dropout_rate,
-        dtype,
-        config.ffn,
-        config.moe,
-        name=f"block_{i}",
-      )(x, mask, train=train)
-      terms = add_terms(terms, more)
-      if counts:
-        counters[f"block_{i}"] = counts
-    heads = TaskHeads(
-      config.tasks, config.head_dim, config.dropout_rate, dtype, name="heads"
-    )
-    aux = {"terms": terms, "counters": counters}
-    pooled = x.mean(axis=0)
-    if two:
-      x, _ = split_paths(x, axis=1)
-      pooled, dense = split_paths(pooled)
-      aux["dense_path"] = heads(dense, train=train)
-    return heads(pooled, train=train), aux | {"tokens": x}
+    return mix_and_predict(config, x, batch.example_mask, train=train)
+
+
+class Trunk(nn.Module):
+  """`mix_and_predict` as a module, for models that are not `nn.compact`."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "tokens batch dim"],
+    example_mask: Bool[Array, " batch"],
+    *,
+    train: bool,
+  ) -> tuple[dict[str, Float[Array, " batch"]], dict[str, Any]]:
+    return mix_and_predict(self.config, x, example_mask, train=train)
 
 
 class RankMixerBlock(nn.Module):
@@ -174,6 +164,56 @@ class RankMixerBlock(nn.Module):
       terms,
       counters,
     )
+
+
+def mix_and_predict(
+  config: Config,
+  x: Float[Array, "tokens batch dim"],
+  example_mask: Bool[Array, " batch"],
+  *,
+  train: bool,
+) -> tuple[dict[str, Float[Array, " batch"]], dict[str, Any]]:
+  """RankMixer blocks -> mean over tokens -> one logit a task.
+
+  To be called inside `nn.compact`; the parts belong to the caller.
+
+  Args:
+    config: Of the model.
+    x: Tokens, from wherever.
+    example_mask: False for padding.
+    train: Whether dropout and the losses of training are on.
+
+  Returns:
+    Predictions and aux, as a model does.
+  """
+  dtype = jnp.dtype(config.dtype)
+  mask = example_mask
+  two = train and config.ffn == "relu_moe"
+  if two:
+    x, mask = two_paths(x, axis=1), two_paths(mask)
+  terms, counters = {}, {}
+  for i in range(config.num_layers):
+    x, more, counts = RankMixerBlock(
+      config.mlp_ratio,
+      config.dropout_rate,
+      dtype,
+      config.ffn,
+      config.moe,
+      name=f"block_{i}",
+    )(x, mask, train=train)
+    terms = add_terms(terms, more)
+    if counts:
+      counters[f"block_{i}"] = counts
+  heads = TaskHeads(
+    config.tasks, config.head_dim, config.dropout_rate, dtype, name="heads"
+  )
+  aux = {"terms": terms, "counters": counters}
+  pooled = x.mean(axis=0)
+  if two:
+    x, _ = split_paths(x, axis=1)
+    pooled, dense = split_paths(pooled)
+    aux["dense_path"] = heads(dense, train=train)
+  return heads(pooled, train=train), aux | {"tokens": x}
 
 
 def tables(config: Config, schema: Schema) -> dict[str, Table]:

@@ -38,6 +38,12 @@ Counts and video age are capped, since what only grows with the calendar takes
 values in the test part that training never saw. For that reason there is no
 day of the week either: training in the slice has eight days.
 
+With `sequences` the histories named there say more of their events: when each
+was (`Batch.event_age`), and the video's author and first tag, the tab and the
+duration bucket as sides. They take the place of the plain histories and of
+`author_history`. Of a stored event the time is the latest possible one, so its
+age is a lower bound, and tab and duration are unknown (row 0).
+
 Source: Gao et al., KuaiRand, CIKM 2022, doi 10.1145/3511808.3557624.
 """
 
@@ -54,7 +60,15 @@ from recjax.data import causal, kuairand_features, kuairand_source
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.vocabulary import save_values
 from recjax.errors import UserError
-from recjax.schema import SPLITS, Feature, Label, Roles, Schema, Split
+from recjax.schema import (
+  SPLITS,
+  Feature,
+  Label,
+  Roles,
+  Schema,
+  Split,
+  suggest,
+)
 
 VERSION = 2
 
@@ -75,6 +89,13 @@ _VIDEO_FEATURES = (
 )
 _ROW_FEATURES = ("duration_bucket", "video_age_bucket", "hour", "tab")
 _MISSING = -(2.0**62)
+# What is known of an event -> the feature whose vocabulary it shares.
+_SIDES = {
+  "author": "author_id",
+  "tag": "tag",
+  "tab": "tab",
+  "duration": "duration_bucket",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +111,8 @@ class Config:
     max_count: Counts of evidence are capped here.
     max_rows_in_memory: Log rows held in memory at a time, at least 1. The
       tables of users and videos are held whole.
+    sequences: Histories, of `watch`, `like` and `long_watch`, whose events have
+      times and sides; empty for plain lists of all three.
   """
 
   root: str = ""
@@ -99,6 +122,7 @@ class Config:
   pair_strength: float = 5.0
   max_count: int = 50
   max_rows_in_memory: int = 1 << 22
+  sequences: tuple[str, ...] = ()
 
   def __post_init__(self):
     if self.variant not in ("", "pure", "1k", "27k"):
@@ -110,6 +134,16 @@ class Config:
         raise UserError(
           f"data.{name} must be at least 1, got {getattr(self, name)}"
         )
+    for kind in self.sequences:
+      if kind not in kuairand_source.KINDS:
+        raise UserError(
+          f"data.sequences: unknown history {kind!r}"
+          + suggest(kind, kuairand_source.KINDS)
+        )
+    if len(set(self.sequences)) < len(self.sequences):
+      raise UserError(
+        f"data.sequences: {self.sequences} names a history twice; take one out"
+      )
     for name in ("prior_strength", "pair_strength"):
       if not getattr(self, name) > 0:
         raise UserError(
@@ -149,7 +183,7 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
     writer = ColumnWriter(directory, schema)
     vocabularies = _Vocabularies(data)
     sums = kuairand_features.sum_evidence(data)
-    slices = _write_histories(data, vocabularies, writer)
+    slices = _write_histories(data, vocabularies, writer, config.sequences)
     tags = _write_tags(data, vocabularies, writer)
     for rows in data.blocks(1 << 16):
       rows = rows[~data.events["stored"][rows]]
@@ -164,6 +198,7 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
         vectors={},
         labels=_labels(data.events, rows),
         groups=_groups(data, rows),
+        time=data.events["time"][rows] / 1000 if config.sequences else None,
       )
       _append(writer, data.events["part"][rows], block)
     writer.finish(dataclasses.replace(schema, vocab_sizes=vocabularies.sizes))
@@ -174,19 +209,32 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
 
 
 def _schema(config: Config) -> Schema:
-  def history(name, vocabulary):
+  def history(name, vocabulary, **more):
     return Feature(
-      name, "sequence", vocabulary=vocabulary, max_len=config.max_len
+      name, "sequence", vocabulary=vocabulary, max_len=config.max_len, **more
     )
 
+  histories = [
+    *(history(f"{k}_history", "video_id") for k in kuairand_source.KINDS),
+    history("author_history", "author_id"),
+  ]
+  if config.sequences:
+    histories = [
+      history(
+        f"{kind}_history",
+        "video_id",
+        time=f"{kind}_time",
+        side={f"{kind}_{side}": vocab for side, vocab in _SIDES.items()},
+      )
+      for kind in config.sequences
+    ]
   single = ("user_id", "video_id", *_USER_FEATURES)
   single = (*single, *_VIDEO_FEATURES, *_ROW_FEATURES)
   return Schema(
     features=(
       *(Feature(name, "sparse") for name in single),
       Feature("tag", "sparse", multi=True),
-      *(history(f"{k}_history", "video_id") for k in kuairand_source.KINDS),
-      history("author_history", "author_id"),
+      *histories,
       *(Feature(name, "dense") for name in kuairand_features.dense_names()),
     ),
     labels=(
@@ -196,7 +244,8 @@ def _schema(config: Config) -> Schema:
     roles=Roles(
       user="user_id",
       item="video_id",
-      time="time_ms",
+      # Where it is an input it is in seconds, as those of the events are.
+      time="time_s" if config.sequences else "time_ms",
       group="user_id",
       query="user_id x date",
       scenario="tab",
@@ -272,12 +321,19 @@ class _Vocabularies:
       | {name: table[codes[name]] for name, table in self._row.items()}
     )
 
-  def history_rows(self, video) -> dict[str, np.ndarray]:
-    """Rows of watched videos and of their authors."""
-    return {
-      "video_id": self._video["video_id"][video],
-      "author_id": self._video["author_id"][video],
+  def event_rows(self, events) -> dict[str, np.ndarray]:
+    """Rows of events' videos, and of all that `_SIDES` names; 0: unknown."""
+    video = events["video"]
+    first_tag = np.where(self._data.tags[:, 0] >= 0, self.tag[:, 0], 0)
+    rows = {
+      "video": self._video["video_id"][video],
+      "author": self._video["author_id"][video],
+      "tag": first_tag[video].astype(np.int32),
     }
+    for side in ("tab", "duration"):
+      row = self._row[_SIDES[side]][events[side]]
+      rows[side] = np.where(events[side] >= 0, row, 0).astype(np.int32)
+    return rows
 
 
 def _column(table, name: str) -> np.ndarray:
@@ -302,8 +358,10 @@ def _write_histories(
   data: kuairand_features.Data,
   vocabularies: _Vocabularies,
   writer: ColumnWriter,
+  sequences: tuple[str, ...],
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Writes each user's events once; returns every row's slice of them."""
+  kinds = sequences or kuairand_source.KINDS
   slices = {
     f"{kind}_history": (
       kuairand_features.mapped(
@@ -313,7 +371,7 @@ def _write_histories(
         data, f"{kind}_length", np.int32, (data.num_events,)
       ),
     )
-    for kind in kuairand_source.KINDS
+    for kind in kinds
   }
   for low, high in _user_ranges(data):
     rows = np.concatenate(
@@ -326,20 +384,27 @@ def _write_histories(
         for block in data.blocks()
       ]
     )
-    for kind in kuairand_source.KINDS:
+    for kind in kinds:
       events = _history_events(data, kind, rows, low, high)
-      values = vocabularies.history_rows(events["video"])
-      first = writer.append_values(f"{kind}_history", values["video_id"])
-      if kind == "watch":
-        writer.append_values("author_history", values["author_id"])
+      values = vocabularies.event_rows(events)
+      more = {}
+      if sequences:
+        sides = {f"{kind}_{side}": values[side] for side in _SIDES}
+        more = {"time": events["time"] / 1000, "sides": sides}
+      name = f"{kind}_history"
+      first = writer.append_values(name, values["video"], **more)
+      if kind == "watch" and not sequences:
+        writer.append_values("author_history", values["author"])
       start, length = causal.visible_slices(
         events["user"],
         events["time"],
         events["part"],
-        *(data.events[name][rows] for name in ("user", "time", "part")),
+        *(data.events[column][rows] for column in ("user", "time", "part")),
       )
-      starts, lengths = slices[f"{kind}_history"]
+      starts, lengths = slices[name]
       starts[rows], lengths[rows] = first + start, length
+  if sequences:
+    return slices
   # Authors are listed as the videos are, so their slices are the same.
   return slices | {"author_history": slices["watch_history"]}
 
@@ -371,6 +436,10 @@ def _history_events(
     name: np.concatenate([getattr(stored, name)[mine], data.events[name][rows]])
     for name in ("user", "video", "time")
   }
+  codes = data.row_codes(rows)
+  unknown = np.full(len(events["user"]) - len(rows), -1)
+  events["tab"] = np.concatenate([unknown, codes["tab"]])
+  events["duration"] = np.concatenate([unknown, codes["duration_bucket"]])
   part = np.zeros(len(events["user"]), np.int64)
   part[len(part) - len(rows) :] = data.events["part"][rows]
   order = np.lexsort((events["time"], part, events["user"]))
@@ -407,18 +476,4 @@ def _append(writer: ColumnWriter, part, block: Block):
   for number, split in enumerate(SPLITS):
     chosen = part == number
     if chosen.any():
-      writer.append(split, _take(block, chosen))
-
-
-def _take(block: Block, chosen) -> Block:
-  def take(columns):
-    return {name: column[chosen] for name, column in columns.items()}
-
-  return Block(
-    dense=block.dense[chosen],
-    ids=take(block.ids),
-    lists={n: (s[chosen], k[chosen]) for n, (s, k) in block.lists.items()},
-    vectors=take(block.vectors),
-    labels=take(block.labels),
-    groups=take(block.groups),
-  )
+      writer.append(split, block.take(chosen))

@@ -277,6 +277,8 @@ def _read_options(options, name: str, values: dict[str, Any]):
       )
     kind = fields[key].type
     allowed = (int, float) if kind is float else typing.get_origin(kind) or kind
+    if allowed is tuple and isinstance(value, list):
+      value = values[key] = tuple(value)  # JSON has no tuples.
     if allowed is types.UnionType:
       allowed = kind
     if not isinstance(value, allowed) or (kind is int and value is True):

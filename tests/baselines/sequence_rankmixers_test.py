@@ -246,7 +246,8 @@ class LongerTest(parameterized.TestCase):
     length, dim = 2048 // merge_len, 32 * merge_len
     layer = TransformerLayer(dim, num_heads=1)
     x, mask = jnp.zeros((1, length, dim)), jnp.ones((1, length), bool)
-    params = jax.eval_shape(layer.init, jax.random.key(0), x, mask, False)
+    init = functools.partial(layer.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), x, mask)
     jaxpr = jax.make_jaxpr(functools.partial(layer.apply, train=False))(
       params, x, mask
     )

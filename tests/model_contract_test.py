@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from recjax import method as method_lib
@@ -246,6 +247,7 @@ class ModelContractTest(parameterized.TestCase):
       self.assertTrue(jnp.any(grad != 0), table)
 
   @parameterized.named_parameters(ALL)
+  @pytest.mark.slow
   def test_row_gradients_equal_those_of_whole_tables(self, name):
     case, batch = make_case(name), toy.make_batch()
     loss_fn, method = case.method.module.loss_fn, case.method
@@ -269,6 +271,7 @@ class ModelContractTest(parameterized.TestCase):
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
   @parameterized.named_parameters(MODELS)
+  @pytest.mark.slow
   def test_frozen_paths_stay_bit_identical(self, name):
     case, batch = make_case(name), toy.make_batch()
     params, tables = case.paths()
@@ -356,6 +359,7 @@ class ModelContractTest(parameterized.TestCase):
       self.assertTrue(bool(jnp.any(actual[task] != expected[task])))
 
   @parameterized.named_parameters(MODELS)
+  @pytest.mark.slow
   def test_a_mesh_takes_the_same_step_as_one_device(self, name):
     case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
     expected = case.step(case.state, batch)

@@ -12,6 +12,7 @@ import numpy as np
 from recjax import losses
 from recjax.batch import Batch
 from recjax.data.columns import Columns
+from recjax.data.length_buckets import LengthBuckets
 from recjax.data.pipeline import make_loader
 from recjax.method import Method
 from recjax.metrics import calibration, summary
@@ -69,6 +70,7 @@ def evaluate(
   *,
   batch_size: int,
   put_batch: Callable[[Batch], Batch],
+  length_buckets: tuple[int, ...] = (),
 ) -> Evaluation:
   """Runs `predict`, a compiled `forward`, over `split`.
 
@@ -80,6 +82,7 @@ def evaluate(
     split: `valid` or `test`.
     batch_size: Examples a step.
     put_batch: From the placement.
+    length_buckets: Groups the rows by length, to pad less.
   """
   loader = make_loader(
     columns,
@@ -88,6 +91,7 @@ def evaluate(
     shuffle=False,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    length_buckets=length_buckets,
   )
   parts, counters = [], None
   for output in _outputs(predict, state, map(put_batch, loader)):
@@ -95,6 +99,10 @@ def evaluate(
     valid = output.pop("example_mask")
     parts.append(jax.tree.map(lambda x, keep=valid: x[keep], output))
   output = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+  if length_buckets:
+    buckets = LengthBuckets(columns, split, batch_size, length_buckets)
+    place = np.argsort(buckets.order)
+    output = jax.tree.map(lambda x: x[place], output)
 
   real = frozenset(v.name for v in columns.schema.labels if v.kind == "real")
   metrics, examples = {}, {}

@@ -28,7 +28,8 @@ from recjax import method as method_lib
 from recjax import monitor, parallel, run_files, train_state
 from recjax import optimizer as optimizer_lib
 from recjax.checkpoint import Checkpoints
-from recjax.data.pipeline import make_loader, open_dataset, steps_per_epoch
+from recjax.data.length_buckets import LengthBuckets, masked_share
+from recjax.data.pipeline import make_loader, open_dataset
 from recjax.errors import DivergedError, UserError
 from recjax.monitor import History
 from recjax.schema import suggest
@@ -55,6 +56,9 @@ class Config:
       stage; 0 for never.
     non_finite: On a loss or gradient that is not finite: `stop`, or `skip`
       the batch and count it.
+    length_buckets: Lengths that batches are grouped by, such as `(16, 64)`,
+      so that less of long sequences is padding; empty for batches of all
+      lengths. See `recjax.data.length_buckets`.
   """
 
   batch_size: int = 512
@@ -68,6 +72,7 @@ class Config:
   monitor: str = ""
   early_stop_patience: int = 0
   non_finite: str = "stop"
+  length_buckets: tuple[int, ...] = ()
 
   def __post_init__(self):
     if self.non_finite not in ("stop", "skip"):
@@ -181,8 +186,10 @@ class Trainer:
         num_epochs=None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        length_buckets=self.train.length_buckets,
       )
     )
+    self._log_padding()
     step = checkpoints.latest_step
     record = None if step is None else checkpoints.record(step)
     if record is not None:
@@ -209,8 +216,15 @@ class Trainer:
       end, start_step=step, description=self.method.name
     ) as progress:
       self.speed.stop()
+      shapes = set()
       while not self.history.stage_done and not terminated.is_set():
         batch = next(loader)
+        shape = tuple(ids.shape for ids in batch.ids.values())
+        if shape not in shapes:  # Its program is compiled first.
+          self._take(pending, step)
+          pending = None
+          self.speed.stop()
+          shapes.add(shape)
         state, scalars = run_step(state, self.placement.put_batch(batch))
         step += 1
         # One step late, so that the device never waits for the host.
@@ -247,6 +261,18 @@ class Trainer:
       self._save(checkpoints, step, state, loader)
       logging.info("Stopped by a signal at step %d; run again to go on.", step)
     return state
+
+  def _log_padding(self):
+    """How much of the sequences is padding, without and with buckets."""
+    if not self.columns.schema.sequences:
+      return
+    limits = self.train.length_buckets
+    cut = masked_share(self.columns, "train", limits)
+    logging.info(
+      "%.1f%% of sequence positions are padding%s.",
+      100 * masked_share(self.columns, "train"),
+      f"; {cut:.1%} in buckets of {limits}" if limits else "",
+    )
 
   def _next_stage(self, state):
     self.history = History(
@@ -304,6 +330,7 @@ class Trainer:
       split,
       batch_size=self.train.eval_batch_size,
       put_batch=self.placement.put_batch,
+      length_buckets=self.train.length_buckets,
     )
 
   def _take(self, scalars, step: int):
@@ -370,9 +397,9 @@ class Trainer:
 
   @functools.cached_property
   def _steps_per_epoch(self) -> int:
-    return steps_per_epoch(
-      self.columns.num_rows["train"], self.train.batch_size
-    )
+    return LengthBuckets(
+      self.columns, "train", self.train.batch_size, self.train.length_buckets
+    ).num_steps
 
   @property
   def _total_steps(self) -> int:

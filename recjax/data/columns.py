@@ -364,20 +364,17 @@ class Columns:
     dense /= self.dense_std
     return np.clip(dense, -DENSE_LIMIT, DENSE_LIMIT, out=dense)
 
-  def lengths(self, split: str) -> Int[np.ndarray, " rows"]:
-    """Events of each row's longest sequence, as many as are kept of it."""
-    longest = np.zeros(self.num_rows[split], np.int32)
-    layout = self._layout
-    for start in range(0, len(longest), 1 << 16):
-      stop = min(start + (1 << 16), len(longest))
-      rows = self._rows[split].gather(np.arange(start, stop))
-      for length, feature in zip(
-        rows[:, layout.lengths].T, layout.lists, strict=True
-      ):
-        if feature.kind == "sequence":
-          part = longest[start:stop]
-          np.maximum(part, np.minimum(length, feature.max_len), out=part)
-    return longest
+  def lengths(
+    self, split: str, indices: Int[np.ndarray, " batch"]
+  ) -> Int[np.ndarray, "batch sequences"]:
+    """Events that are kept of each of `Schema.sequences`, of some rows."""
+    rows = self._rows[split].gather(indices)[:, self._layout.lengths]
+    columns = [
+      np.minimum(rows[:, i], feature.max_len)
+      for i, feature in enumerate(self._layout.lists)
+      if feature.kind == "sequence"
+    ]
+    return np.stack(columns, axis=1) if columns else rows[:, :0]
 
   def _read_list(self, feature: Feature, starts, lengths, max_len):
     """The entries of a batch's lists, `[batch, max_len, words]`, and a mask."""

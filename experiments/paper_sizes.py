@@ -9,7 +9,9 @@ them, and the memory of a chip and the collectives are printed. No TPU is
 needed, but its compiler is: `pip install 'recjax[tpu]'`.
 
 The papers count no embeddings; nor is the embedding table counted here. Their
-FLOPs are of a batch of 512 (RankMixer) and 2,048 (MSN).
+FLOPs are of a batch of 512 (RankMixer) and 2,048 (MSN, HyFormer). HyFormer's
+are called those of training there; twice the parameters in its tables, all of
+which an example uses, leave room for the forward pass alone.
 """
 
 import collections
@@ -36,6 +38,7 @@ from recjax import parallel, run_files, train_state
 from recjax.data.pipeline import open_dataset
 from recjax.errors import UserError
 from recjax.method import Method, empty_batch
+from recjax.schema import Feature, Label, Roles, Schema
 
 _COMPILE = flags.DEFINE_string(
   "compile", "", "TPU topology such as v5e:2x4 or v5p:2x2x1; empty for none."
@@ -63,6 +66,7 @@ class Paper:
     total: All of them, memories and experts included.
     flops: Forward operations of a batch, in units of 10^9.
     batch_size: Examples of that batch.
+    schema: What its data holds; None for the data of the recipe.
   """
 
   recipe: str
@@ -71,6 +75,38 @@ class Paper:
   total: float
   flops: float
   batch_size: int
+  schema: Schema | None = None
+
+
+def search_schema(seq_len: int = 1000) -> Schema:
+  """The sequences that HyFormer's paper describes, in a made-up search log.
+
+  A long one of searches and clicks, and the 50 items of two kinds that suit
+  the query best; each event has an id and two sides. How many other features
+  there are is not stated.
+  """
+  ids = ("user_id", "item_id", "author_id", "action", "query", "hour")
+  sides = (("author", "author_id"), ("action", "action"))
+  sequences = (("history", seq_len), ("searched", 50), ("fed", 50))
+  return Schema(
+    features=(
+      *(Feature(name, "sparse") for name in ids),
+      *(
+        Feature(
+          name,
+          "sequence",
+          vocabulary="item_id",
+          max_len=length,
+          time=f"{name}_time",
+          side={f"{name}_{side}": owner for side, owner in sides},
+        )
+        for name, length in sequences
+      ),
+    ),
+    labels=(Label("click"),),
+    roles=Roles(user="user_id", item="item_id", time="time", query="query"),
+    vocab_sizes=dict.fromkeys(ids, 1_000_000) | {"action": 10, "hour": 25},
+  )
 
 
 MODELS = {
@@ -79,6 +115,11 @@ MODELS = {
     "rankmixer", {"num_tokens": 32, "token_dim": 1536}, 1100, 1100, 2100, 512
   ),
   "MSN": Paper("msn", {}, 122, 252, 556, 2048),
+  "BaseArch": Paper("longer", {}, 386, 386, 3500, 2048, search_schema()),
+  "Transformer-RM": Paper(
+    "transformer_rankmixer", {}, 388, 388, 6600, 2048, search_schema()
+  ),
+  "HyFormer": Paper("hyformer", {}, 418, 418, 3900, 2048, search_schema()),
 }
 
 
@@ -93,8 +134,8 @@ def main(argv) -> None:
   lines = {}
   for name, paper in MODELS.items():
     config = recipe_config(paper)
-    columns = open_dataset(config["data"])
-    method = method_lib.load(paper.recipe, config["model"], columns.schema)
+    schema = paper.schema or open_dataset(config["data"]).schema
+    method = method_lib.load(paper.recipe, config["model"], schema)
     line = lines[name] = count(method, paper)
     print(
       f"{name:<16}{line['active'] / 1e6:>9.0f}M ({paper.active:>4.0f}M)"

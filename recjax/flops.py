@@ -170,8 +170,15 @@ def _used(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
 
 def _module(stack: str) -> str:
   """Path of the Linen module in a name stack, without methods and einsums."""
-  parts = [p for p in stack.split("/") if "." not in p and "->" not in p]
-  return "/".join(parts) or READS
+  path = []
+  for part in stack.split("/"):
+    # Of a method other than `__call__`: `module.method`, which may stand below
+    # the module itself.
+    name, _, method = part.partition(".")
+    if "->" in part or "(" in part or (method and path[-1:] == [name]):
+      continue
+    path.append(name)
+  return "/".join(filter(None, path)) or READS
 
 
 def _inner(eqn: core.JaxprEqn, stack: str):

@@ -12,8 +12,9 @@ python -m experiments.run --config=experiments/configs/msn.py:base \\
     --config.data.claim=memory_rules --config.data.control=True
 ```
 
-`memory_rules` is MSN's: thousands of rules to remember. What a claim plants
-stands in its file under `recjax/data/claims/`.
+`memory_rules` is MSN's: thousands of rules to remember; `where_to_look` is
+HyFormer's: two events to find in a history, one after the other. What a claim
+plants stands in its file under `recjax/data/claims/`.
 
 The rows are in the order of their time; the last tenth is the test part, the
 tenth before it validation. Beside the rows lies `best_scores.json`, what
@@ -29,7 +30,7 @@ import pyarrow as pa
 from etils import epath
 from jaxtyping import Float
 
-from recjax.data.claims import memory_rules
+from recjax.data.claims import memory_rules, where_to_look
 from recjax.data.claims.common import SHARE, Claim
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.vocabulary import save_values
@@ -40,7 +41,10 @@ VERSION = 1
 
 _BLOCK_ROWS = 1 << 16
 
-CLAIMS = {"memory_rules": memory_rules.make}
+CLAIMS = {
+  "memory_rules": memory_rules.make,
+  "where_to_look": where_to_look.make,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Config:
   """Options of the planted data.
 
   Attributes:
-    claim: What is planted: `memory_rules`.
+    claim: What is planted: `memory_rules` or `where_to_look`.
     control: True leaves the planted structure out.
     seed: Of the data; the seed of a run is another.
     num_rows: Rows of all parts together, at least 10.
@@ -123,8 +127,11 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
   directory = epath.Path(directory)
   claim = CLAIMS[config.claim](config)
   writer = ColumnWriter(directory, claim.schema)
-  for name, values in claim.list_values.items():
-    writer.append_values(name, values)
+  for feature in claim.schema.features:
+    if feature.is_list:
+      values = claim.list_values
+      sides = {s.name: values[s.name] for s in claim.schema.sides(feature)}
+      writer.append_values(feature.name, values[feature.name], sides=sides)
   for split, block, _ in _generate(config, claim):
     writer.append(split, block)
   writer.finish(claim.schema)

@@ -20,8 +20,8 @@ class Claim:
     schema: With `vocab_sizes`.
     draw: From a generator and a number of rows to a block without labels, and
       label -> the rows' logits. Must draw the same, control or not.
-    list_values: List feature -> all its values, which the blocks' `lists` are
-      slices of.
+    list_values: List feature, or side of one -> all its values, which the
+      blocks' `lists` are slices of.
   """
 
   schema: Schema

@@ -22,6 +22,7 @@ GROUPS = (
     "recjax.layers",
     "recjax.losses",
     "recjax.allocation",
+    "recjax.allocation_repair",
   ),
   ("recjax.models", "recjax.baselines"),
   (

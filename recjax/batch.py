@@ -18,8 +18,10 @@ class Batch:
     dense: Standardised real-valued features, columns in the order of
       `Schema.dense_features`.
     ids: Feature name -> row in the feature's vocabulary: `[batch]`, or
-      `[batch, max_len]` for sequences (oldest first) and multi-valued
-      features. Row 0 is "out of vocabulary"; masked positions hold 0.
+      `[batch, max_len]` for sequences (oldest first, each side column beside
+      its sequence) and multi-valued features. Row 0 is "out of vocabulary";
+      masked positions come last and hold 0. A batch may be cut to the longest
+      sequence that it holds: take `max_len` from the array.
     id_mask: Feature name -> valid positions, for the features with a
       `[batch, max_len]` entry in `ids`.
     vectors: Feature name -> `[batch, dim]` content vectors.
@@ -30,6 +32,9 @@ class Batch:
     groups: `"group"` (what GAUC groups by) and `"query"` (what QAUC groups
       by), where the data has them, as dense numbers.
     example_mask: False for the padding of a last partial batch.
+    event_age: Sequence -> seconds from each event to the example's own time,
+      above 0, in float32, which holds no absolute time to the second; 0 where
+      masked. For the sequences whose schema names `time`.
     real_labels: Names of the labels that are real-valued; the others are
       binary. Static under `jit`.
   """
@@ -43,6 +48,9 @@ class Batch:
   scenario: Int[Array, " batch"]
   groups: Mapping[str, Int[Array, " batch"]]
   example_mask: Bool[Array, " batch"]
+  event_age: Mapping[str, Float[Array, "batch max_len"]] = struct.field(
+    default_factory=dict
+  )
   real_labels: frozenset[str] = struct.field(
     pytree_node=False, default=frozenset()
   )

@@ -23,8 +23,6 @@ it is mapped, and no second copy is held in memory.
 """
 
 import dataclasses
-import importlib
-import itertools
 import json
 import os
 import pathlib
@@ -38,15 +36,14 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from absl import logging
 from jax import export as jax_export
 from jaxtyping import Array
 
 import pallas_kernels
+from recjax import export_golden, raw_rows, restore
 from recjax import optimizer as optimizer_lib
-from recjax import restore, serve
+from recjax import scorer as scorer_lib
 from recjax.batch import Batch
-from recjax.config import build
 from recjax.data.columns import Columns
 from recjax.data.vocabulary import hash_values, load_values
 from recjax.errors import UserError
@@ -56,12 +53,8 @@ from recjax.writer import write_json
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
-NUM_GOLDEN = 64
-# Of a prediction, relative where that is above 1; by the type of computation.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
-# Two ways to compute a search may break a tie of its last slots differently.
-_AGREEING = 0.9
 _ALIGNMENT = 64
+_IMPORT = "from recjax.raw_rows import Encoder, InputError\n"
 _DTYPES = {"float32": "F32", "uint16": "U16", "int32": "I32", "uint64": "U64"}
 
 
@@ -90,7 +83,7 @@ def export_run(workdir: str, output: str) -> pathlib.Path:
   if target.exists():
     raise UserError(f"{target}: exists; give another --output")
   run = restore.open_run(workdir, one_device=True)
-  golden = _golden(run)
+  golden = export_golden.golden_rows(run)
   target.parent.mkdir(parents=True, exist_ok=True)
   scratch = pathlib.Path(
     tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
@@ -117,7 +110,7 @@ def make_artefact(
   Returns:
     A program `(weights, arrays) -> {task: prediction}` with a free batch size,
     and its weights: `params/<path>` and `tables/<name>`. The arrays of a batch
-    are those of `serve.Scorer.encode`.
+    are those of `scorer.Scorer.encode`.
 
   Example:
     >>> program, weights = make_artefact(                # doctest: +SKIP
@@ -156,7 +149,7 @@ def make_artefact(
 def describe_data(
   columns: Columns,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """How raw columns become arrays, as `serve.Encoder` takes it.
+  """How raw columns become arrays, as `scorer.Encoder` takes it.
 
   Args:
     columns: The prepared data.
@@ -186,10 +179,12 @@ def describe_data(
       tensors[f"{name}/keys"] = keys[order]
       tensors[f"{name}/rows"] = rows[~missing][order]
   description = {
-    "features": [_describe(feature) for feature in schema.features],
+    "features": [_describe(feature, schema) for feature in schema.features],
     "vocabularies": entries,
     "dense": {"mean": columns.dense_mean, "std": columns.dense_std},
   }
+  if any(feature.time is not None for feature in schema.sequences):
+    description["time"] = schema.roles.time
   return description, tensors
 
 
@@ -238,124 +233,22 @@ def _write(folder: pathlib.Path, run: restore.Run, golden: dict[str, Any]):
   write_json(
     folder / "manifest.json", _manifest(run, program, weights, description)
   )
-  shutil.copyfile(serve.__file__, folder / "score.py")
+  (folder / "score.py").write_text(_score_py(), encoding="utf-8")
   (folder / "README.md").write_text(_readme(run), encoding="utf-8")
   has_search = any(t.in_model for t in run.method.tables.values())
-  least = _AGREEING if has_search else 1.0
-  golden = _agreeing(golden, serve.Scorer(folder), least)
+  least = export_golden.AGREEING if has_search else 1.0
+  golden = export_golden.agreeing(golden, scorer_lib.Scorer(folder), least)
   write_json(folder / "golden.json", golden)
 
 
-def _agreeing(
-  golden: dict[str, Any], scorer: serve.Scorer, least: float
-) -> dict[str, Any]:
-  """The golden rows that the export scores as the model does.
-
-  Raises:
-    RuntimeError: If that is less than the share `least`.
-  """
-  difference = scorer.differences(golden)
-  kept = difference <= golden["tolerance"]
-  tell = logging.info if kept.all() else logging.warning
-  tell(
-    "%d of %d golden rows are within %g of the model.",
-    kept.sum(),
-    len(kept),
-    golden["tolerance"],
+def _score_py() -> str:
+  """`scorer` with the text of `raw_rows` in place of its import."""
+  scorer, rows = (
+    pathlib.Path(module.__file__).read_text(encoding="utf-8")
+    for module in (scorer_lib, raw_rows)
   )
-  if kept.mean() < least:
-    raise RuntimeError(
-      f"the export differs from the model by up to {difference.max():.1e}"
-    )
-
-  def choose(columns):
-    return {
-      name: [v for v, keep in zip(values, kept, strict=True) if keep]
-      for name, values in columns.items()
-    }
-
-  return golden | {
-    "columns": choose(golden["columns"]),
-    "predictions": choose(golden["predictions"]),
-  }
-
-
-def _golden(run: restore.Run) -> dict[str, Any]:
-  """Raw rows of the test part and the model's predictions of them."""
-  num_rows = min(NUM_GOLDEN, run.columns.num_rows["test"])
-  batch = run.columns.read("test", np.arange(num_rows))
-  method, state = run.method, run.state
-
-  @jax.jit
-  def predict(params, tables, batch):
-    rows = method.read(tables, batch)
-    return method.apply(params, tables, rows, batch, train=False)[0]
-
-  predictions = jax.device_get(predict(state.eval_params, state.tables, batch))
-  _check_data(run, predictions)
-  return {
-    "columns": _raw_rows(run, batch),
-    "predictions": predictions,
-    "tolerance": TOLERANCE[getattr(method.config, "dtype", "float32")],
-  }
-
-
-def _check_data(run: restore.Run, predictions: Mapping[str, np.ndarray]):
-  """Raises if the data is not what the run was trained and tested on."""
-  with np.load(run.workdir / "predictions.npz") as stored:
-    for task, values in predictions.items():
-      if run.method.schema.label(task).kind == "real":
-        values = np.sign(values) * np.expm1(np.abs(values))
-      before = stored[f"{task}/score"]
-      same = len(before) == run.columns.num_rows["test"] and np.isclose(
-        before[: len(values)], values, rtol=1e-2, atol=1e-2
-      )
-      if np.mean(same) < _AGREEING:
-        raise UserError(
-          f"{run.workdir}: its predictions.npz holds other scores of "
-          f"{task!r} than the model gives now, so the data has changed since; "
-          "restore it, or train the run again in another --workdir"
-        )
-
-
-def _raw_rows(run: restore.Run, batch: Batch) -> dict[str, list]:
-  """The rows of `batch` as the source has them.
-
-  An adapter that can tell offers `read_raw`. For others the values are looked
-  up in the vocabularies; one that is in none becomes another such.
-  """
-  data = dict(run.config["data"])
-  adapter = importlib.import_module(f"recjax.data.{data.pop('name')}")
-  if hasattr(adapter, "read_raw"):
-    data.pop("cache_dir", None)
-    options = build(adapter.Config, data, "config.data")
-    return adapter.read_raw(options, "test", batch.size)
-  schema, raw = run.columns.schema, {}
-  dense = run.columns.raw_dense("test")[: batch.size]
-  for position, feature in enumerate(schema.dense_features):
-    raw[feature.name] = dense[:, position].tolist()
-  for feature in schema.vector_features:
-    raw[feature.name] = batch.vectors[feature.name].tolist()
-  for feature in schema.id_features:
-    values = load_values(run.columns.directory, feature.vocab).to_pylist()
-    values = np.array([_unknown(values), *values], object)
-    ids = batch.ids[feature.name]
-    if feature.is_list:
-      masks = batch.id_mask[feature.name]
-      raw[feature.name] = [
-        values[row[mask]].tolist() for row, mask in zip(ids, masks, strict=True)
-      ]
-    else:
-      raw[feature.name] = values[ids].tolist()
-  return raw
-
-
-def _unknown(values: list[Any]) -> int | str:
-  """A value that is none of these, of their type."""
-  is_text = any(isinstance(value, str) for value in values)
-  candidates = (f"?{i}" if is_text else i for i in itertools.count())
-  known = set(values)
-  return next(value for value in candidates if value not in known)
+  before, after = scorer.split(_IMPORT)
+  return before + rows + after
 
 
 def _manifest(
@@ -399,8 +292,8 @@ def _manifest(
   }
 
 
-def _describe(feature: Feature) -> dict[str, Any]:
-  """What `serve` must know of a raw column."""
+def _describe(feature: Feature, schema: Schema) -> dict[str, Any]:
+  """What `scorer` must know of a raw column."""
   entry = {"name": feature.name, "kind": feature.kind}
   if feature.is_id:
     entry["vocabulary"] = feature.vocab
@@ -410,6 +303,13 @@ def _describe(feature: Feature) -> dict[str, Any]:
     entry["dim"] = feature.dim
   if feature.separator is not None:
     entry["separator"] = feature.separator
+  if feature.time is not None:
+    entry["time"] = feature.time
+  if feature.side:
+    entry["sides"] = [
+      {"name": side.name, "vocabulary": side.vocab}
+      for side in schema.sides(feature)
+    ]
   return entry
 
 
@@ -425,6 +325,10 @@ def _array_shapes(schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
     shapes[f"ids/{feature.name}"] = (shape, jnp.int32)
     if feature.is_list:
       shapes[f"id_mask/{feature.name}"] = (shape, jnp.bool_)
+  for feature in schema.sequences:
+    if feature.time is not None:
+      shape = (size, feature.max_len)
+      shapes[f"event_age/{feature.name}"] = (shape, jnp.float32)
   for feature in schema.vector_features:
     shapes[f"vectors/{feature.name}"] = ((size, feature.dim), jnp.float32)
   return {
@@ -435,7 +339,7 @@ def _array_shapes(schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _batch(arrays: Mapping[str, Array], method: Method) -> Batch:
   """The arrays as models know them; there are no labels."""
-  parts = {"ids": {}, "id_mask": {}, "vectors": {}}
+  parts = {"ids": {}, "id_mask": {}, "vectors": {}, "event_age": {}}
   for name, array in arrays.items():
     kind, _, feature = name.partition("/")
     if kind in parts:
@@ -462,10 +366,16 @@ def _batch(arrays: Mapping[str, Array], method: Method) -> Batch:
 
 def _readme(run: restore.Run) -> str:
   """What stands beside the export."""
-  rows = "\n".join(
-    f"| `{f.name}` | {f.kind}{' (set)' if f.multi else ''} |"
-    for f in run.columns.schema.features
-  )
+  schema = run.columns.schema
+  kinds = {
+    f.name: f.kind + (" (set)" if f.multi else "") for f in schema.features
+  }
+  for f in schema.sequences:
+    kinds |= {side: f"side of `{f.name}`" for side in f.side or {}}
+    if f.time is not None:
+      kinds |= {f.time: f"times of `{f.name}`"}
+      kinds |= {schema.roles.time: "the row's own time"}
+  rows = "\n".join(f"| `{name}` | {kind} |" for name, kind in kinds.items())
   dataset, tasks = run.result["dataset"], ", ".join(run.method.config.tasks)
   source = (
     "They are the columns of the table, with its raw values."

@@ -17,6 +17,9 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
   in `aux["counters"]`, added over an evaluation, turned into numbers to log.
 * Optional `idle_params(config) -> int`: dense parameters that an example does
   not use, such as those of experts that it is not sent to.
+* Optional methods of `Model`, `encode_user(batch, rows) -> encoded` and
+  `decode(encoded, batch, rows, *, train)`, which `__call__` does one after the
+  other: what does not depend on the candidate, and the rest; see `serve`.
 * Optional `fold(params, config) -> (params, config)`: what is served in their
   place, with the same predictions.
 """
@@ -27,7 +30,7 @@ import importlib
 import importlib.util
 import pkgutil
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -130,6 +133,46 @@ class Method:
       name: table_lib.gather(table_values[name], ids, self.tables[name])
       for name, ids in self.ids(batch).items()
     }
+
+  def read_features(
+    self,
+    table_values: Mapping[str, Array],
+    batch: Batch,
+    only: Collection[str] | None = None,
+  ) -> dict[str, dict[str, Array]]:
+    """Table -> feature -> rows, as the model takes them; for serving.
+
+    Args:
+      table_values: All tables as stored.
+      batch: The examples.
+      only: Features to read; `batch` need not hold the others. None: all.
+    """
+    rows = {}
+    for name, table in self.tables.items():
+      first_row = {
+        feature: row
+        for feature, row in table.first_row.items()
+        if only is None or feature in only
+      }
+      if first_row:
+        part = dataclasses.replace(table, first_row=first_row)
+        ids = table_lib.feature_ids(part, batch)
+        flat = table_lib.gather(table_values[name], ids, part)
+        rows[name] = table_lib.split_rows(flat, part, batch)
+    return rows
+
+  def call(
+    self, params: Any, table_values: Mapping[str, Array], *args, **kwargs
+  ) -> Any:
+    """Calls the model, or its `method=NAME`, on split rows; for serving."""
+    variables = {
+      "params": params,
+      in_model.TABLES: self._in_model(table_values),
+    }
+    output, _ = self.model.apply(
+      variables, *args, mutable=[in_model.READS], **kwargs
+    )
+    return output
 
   def ids(self, batch: Batch) -> dict[str, Array]:
     """The row numbers of `read`, flat."""
@@ -283,6 +326,9 @@ def empty_batch(schema: Schema, tasks: tuple[str, ...], size: int = 1) -> Batch:
     scenario=jnp.zeros((size,), jnp.int32),
     groups={},
     example_mask=false,
+    event_age={
+      f.name: jnp.zeros((size, f.max_len)) for f in schema.sequences if f.time
+    },
     real_labels=frozenset(
       label.name for label in schema.labels if label.kind == "real"
     ),

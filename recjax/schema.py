@@ -10,7 +10,8 @@ JSON file that describes a user's own table (`recjax.data.table`):
     "price":   {"kind": "dense"},
     "genres":  {"kind": "sparse", "multi": true, "separator": "|"},
     "history": {"kind": "sequence", "vocabulary": "item_id", "max_len": 50,
-                "separator": " "},
+                "separator": " ", "time": "history_time",
+                "side": {"history_author": "author_id"}},
     "content": {"kind": "vector", "dim": 64}
   },
   "labels": {"click": "binary", "play_time": {"kind": "real", "unit": "s"}},
@@ -23,6 +24,12 @@ JSON file that describes a user's own table (`recjax.data.table`):
 Once the data is prepared the schema also knows `vocab_sizes`: the number of
 embedding rows of each vocabulary. Row 0 of a vocabulary stands for every
 value that the training part does not hold (out of vocabulary).
+
+A sequence may name what else is known of its events, one value an event:
+`time`, the column of their times, which `Batch.event_age` counts back from
+the example's own (`roles.time`); and `side`, columns of ids. Each side column
+is an id feature of its own (`Schema.sides`), so that a model that knows
+nothing of sides reads it as one more sequence.
 """
 
 import dataclasses
@@ -57,7 +64,8 @@ class Feature:
     buckets: Sparse: hash values into so many rows instead of a vocabulary.
     dim: Vector: its width.
     time: Sequence: column with the time of each event.
-    side: Sequence: side column -> the feature whose vocabulary it shares.
+    side: Sequence: side column -> the sparse feature whose vocabulary it
+      shares. It holds one value for each event of the sequence.
   """
 
   name: str
@@ -155,8 +163,46 @@ class Schema:
 
   @property
   def id_features(self) -> tuple[Feature, ...]:
-    """Features that read embedding rows, in the schema's order."""
-    return tuple(f for f in self.features if f.is_id)
+    """Features that read embedding rows, in the schema's order.
+
+    The sides of a sequence come right after it.
+    """
+    return tuple(
+      feature
+      for declared in self.features
+      if declared.is_id
+      for feature in (declared, *self.sides(declared))
+    )
+
+  @property
+  def sequences(self) -> tuple[Feature, ...]:
+    """Sequence features that are no side of another one."""
+    return tuple(f for f in self.features if f.kind == "sequence")
+
+  def sides(self, feature: Feature) -> tuple[Feature, ...]:
+    """The side columns of a sequence, each a sequence feature of its own.
+
+    Position by position they are aligned with it: same mask, same length.
+
+    Example:
+      >>> author = Feature("author_id", "sparse")
+      >>> watched = Feature(
+      ...     "watched", "sequence", vocabulary="video_id", max_len=9,
+      ...     side={"watched_author": "author_id"})
+      >>> schema = Schema((author, watched), (Label("click"),))
+      >>> [side.name for side in schema.sides(watched)]
+      ['watched_author']
+    """
+    return tuple(
+      Feature(
+        name,
+        "sequence",
+        separator=feature.separator,
+        vocabulary=vocabulary,
+        max_len=feature.max_len,
+      )
+      for name, vocabulary in (feature.side or {}).items()
+    )
 
   @property
   def dense_features(self) -> tuple[Feature, ...]:
@@ -176,14 +222,15 @@ class Schema:
     return self.vocab_sizes[self.feature(self.roles.scenario).vocab]
 
   def feature(self, name: str) -> Feature:
-    """The feature called `name`."""
-    for feature in self.features:
-      if feature.name == name:
-        return feature
-    raise UserError(
-      f"unknown feature {name!r}"
-      + suggest(name, [f.name for f in self.features])
-    )
+    """The feature, or side of a sequence, called `name`."""
+    known = {
+      feature.name: feature
+      for declared in self.features
+      for feature in (declared, *self.sides(declared))
+    }
+    if name in known:
+      return known[name]
+    raise UserError(f"unknown feature {name!r}" + suggest(name, known))
 
   def label(self, name: str) -> Label:
     """The label called `name`."""
@@ -316,6 +363,9 @@ def _read_feature(name: str, entry, where: str) -> Feature:
     raise UserError(f'{where}: a sequence needs "max_len"')
   if feature.multi and feature.kind != "sparse":
     raise UserError(f'{where}: "multi" is for sparse features')
+  for key in ("time", "side"):
+    if getattr(feature, key) is not None and feature.kind != "sequence":
+      raise UserError(f'{where}: "{key}" is for sequences')
   return feature
 
 
@@ -323,7 +373,9 @@ def _read_struct_feature(name: str, entry, where: str) -> Feature:
   types = {f.name: f.type for f in dataclasses.fields(Feature)}
   for key, value in entry.items():
     if key == "side":
-      ok = isinstance(value, Mapping)
+      ok = isinstance(value, Mapping) and all(
+        isinstance(vocabulary, str) for vocabulary in value.values()
+      )
     else:
       ok = isinstance(value, types[key])
       if types[key] is not bool and value is True:
@@ -363,6 +415,12 @@ def _check(schema: Schema, where: str):
           f"{where}: feature {feature.name!r} shares the vocabulary of "
           f"{target!r}, which is no sparse feature" + suggest(target, sparse)
         )
+      if schema.feature(target).vocab != target:
+        raise UserError(
+          f"{where}: feature {feature.name!r}: {target!r} has no vocabulary "
+          f"of its own; name {schema.feature(target).vocab!r}"
+        )
+  _check_events(schema, where)
   if schema.roles.scenario is not None:
     if schema.roles.scenario not in names:
       raise UserError(
@@ -394,3 +452,29 @@ def _check(schema: Schema, where: str):
       f"{where}: split: valid ({split.valid}) and test ({split.test}) must "
       "be shares in (0, 1) that leave rows for training"
     )
+
+
+def _check_events(schema: Schema, where: str):
+  """Checks what sequences say of the times and sides of their events."""
+  taken = {f.name: "a feature" for f in schema.features}
+  taken |= {label.name: "a label" for label in schema.labels}
+  for feature in schema.sequences:
+    place = f"{where}: feature {feature.name!r}"
+    if feature.time is not None:
+      if schema.roles.time is None:
+        raise UserError(
+          f'{place}: "time" needs the time of the example itself; name its '
+          'column as "time" of "roles"'
+        )
+      if feature.time in taken:
+        raise UserError(
+          f"{place}: time {feature.time!r} is {taken[feature.time]} already; "
+          "name a column that holds nothing but the times of the events"
+        )
+    for side in feature.side or {}:
+      if side in taken or side == feature.time:
+        raise UserError(
+          f"{place}: side {side!r} is {taken.get(side, 'its time')} already; "
+          "a side column is a feature of its own"
+        )
+      taken[side] = f"a side of {feature.name!r}"

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 from absl.testing import absltest, parameterized
 
-from recjax import export, serve
+from recjax import export, export_golden
 from recjax import method as method_lib
+from recjax import scorer as scorer_lib
 from recjax.errors import UserError
 from tests import command_case, model_contract_test, run_case, toy
 
@@ -46,9 +47,9 @@ def make_case(name):
 
 
 def arrays_of(batch):
-  """What `serve.Encoder` gives for a batch."""
+  """What `scorer_lib.Encoder` gives for a batch."""
   arrays = {"dense": batch.dense, "example_mask": batch.example_mask}
-  for kind in ("ids", "id_mask", "vectors"):
+  for kind in ("ids", "id_mask", "vectors", "event_age"):
     arrays |= {f"{kind}/{k}": v for k, v in getattr(batch, kind).items()}
   return arrays
 
@@ -101,7 +102,7 @@ class ArtefactTest(parameterized.TestCase):
     folder = self.enter_context(tempfile.TemporaryDirectory())
     path = pathlib.Path(folder) / "x.safetensors"
     export.write_tensors(path, tensors)
-    mapped = serve.map_tensors(path)
+    mapped = scorer_lib.map_tensors(path)
     theirs = safetensors.numpy.load_file(path)
     for read in (mapped, theirs):
       self.assertCountEqual(read, tensors)
@@ -112,7 +113,7 @@ class ArtefactTest(parameterized.TestCase):
       self.assertEqual(mapped[name].ctypes.data % 64, 0)
     path.write_bytes(path.read_bytes()[:-1])
     with self.assertRaisesRegex(ValueError, "cut off"):
-      serve.map_tensors(path)
+      scorer_lib.map_tensors(path)
 
 
 class ExportCommandTest(command_case.CommandTestCase):
@@ -137,7 +138,20 @@ class ExportCommandTest(command_case.CommandTestCase):
       "price": [99.0, -99.0, 0.0],
     }.items():
       columns[name] = [*list(columns[name])[:-3], *values]
-    options = self.write_table(columns)
+    # The history's events have times and sides; " " is two without an item.
+    counts = [len(h.split(" ")) if h else 0 for h in columns["history"]]
+    columns["history_at"] = [list(range(n)) for n in counts]
+    columns["history_user"] = [[f"u{i}" for i in range(n)] for n in counts]
+    columns["at"] = counts
+    history = command_case.SCHEMA["features"]["history"]
+    options = self.write_table(
+      columns,
+      command_case.schema(
+        history=history
+        | {"time": "history_at", "side": {"history_user": "user"}}
+      )
+      | {"roles": command_case.SCHEMA["roles"] | {"time": "at"}},
+    )
     tasks = "--config.model.tasks=('click', 'secs')"
     self.assertEqual(self.train(*options, tasks).code, 0)
     result = json.loads((self.workdir / "result.json").read_text())
@@ -185,11 +199,14 @@ class ExportCommandTest(command_case.CommandTestCase):
       names[manifest["num_weights"] :],
       [
         "dense",
+        "event_age/history",
         "example_mask",
         "id_mask/genres",
         "id_mask/history",
+        "id_mask/history_user",
         "ids/genres",
         "ids/history",
+        "ids/history_user",
         "ids/item",
         "ids/user",
         "vectors/content",
@@ -268,10 +285,10 @@ class ExportRunTest(run_case.RunTestCase):
     config["model"] |= {"memory": memory | {"value_dtype": "bfloat16"}}
     self.run_once(config)
     folder = self.export()
-    scorer = serve.Scorer(folder, max_batch_size=16)
+    scorer = scorer_lib.Scorer(folder, max_batch_size=16)
     golden = json.loads((folder / "golden.json").read_text())
     self.assertLess(scorer.differences(golden).max(), 1e-5)
-    tables = serve.map_tensors(folder / "tables.safetensors")
+    tables = scorer_lib.map_tensors(folder / "tables.safetensors")
     self.assertEqual(tables["memory_0/values"].dtype, np.uint16)
     # Rows of several batches, and scores in their units.
     scores = scorer.score(golden["columns"])
@@ -289,8 +306,8 @@ class ExportRunTest(run_case.RunTestCase):
     ):
       content = (folder / name).read_bytes()
       (folder / name).write_bytes(content[: len(content) // 2])
-      with self.assertRaisesRegex(serve.InputError, message):
-        serve.Scorer(folder)
+      with self.assertRaisesRegex(scorer_lib.InputError, message):
+        scorer_lib.Scorer(folder)
       (folder / name).write_bytes(content)
 
   def test_changed_data_is_a_mistake(self):
@@ -311,11 +328,11 @@ class ExportRunTest(run_case.RunTestCase):
       "columns": {"a": list(range(20))},
       "predictions": {"click": [0.5] * 20},
     }
-    scorer = mock.create_autospec(serve.Scorer, instance=True)
+    scorer = mock.create_autospec(scorer_lib.Scorer, instance=True)
     scorer.differences.return_value = np.array([0.0] * 19 + [0.2])
     with self.assertRaisesRegex(RuntimeError, "differs .* by up to 2.0e-01"):
-      export._agreeing(golden, scorer, 1.0)
-    kept = export._agreeing(golden, scorer, 0.9)
+      export_golden.agreeing(golden, scorer, 1.0)
+    kept = export_golden.agreeing(golden, scorer, 0.9)
     self.assertEqual(kept["columns"], {"a": list(range(19))})
     self.assertLen(kept["predictions"]["click"], 19)
 

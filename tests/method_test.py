@@ -11,7 +11,7 @@ from absl.testing import absltest
 from recjax import method as method_lib
 from recjax.errors import UserError
 from recjax.schema import Feature, Label, Schema
-from tests import toy
+from tests import model_contract_test, toy
 
 TINY = {"tasks": ["click", "play_time"], "embed_dim": 4, "mlp_dims": [4]}
 
@@ -56,6 +56,33 @@ class MethodTest(absltest.TestCase):
       ids = np.asarray(batch.ids[feature.name])
       expected = values[ids + table.first_row[feature.name]] * mask[..., None]
       np.testing.assert_array_equal(rows[feature.name], expected)
+
+  def test_every_method_reads_sides_as_it_reads_sequences(self):
+    history = toy.SCHEMA.feature("history")
+    sides = dataclasses.replace(
+      history, time="history_at", side={"history_tab": "tab"}
+    )
+    schema = dataclasses.replace(
+      toy.SCHEMA,
+      features=tuple(
+        sides if f.name == "history" else f for f in toy.SCHEMA.features
+      ),
+      roles=dataclasses.replace(toy.SCHEMA.roles, time="at"),
+    )
+    for name in method_lib.names():
+      config = {**model_contract_test.TINY.get(name, {}), "tasks": ["click"]}
+      method = method_lib.load(name, config, schema)
+      plain = method_lib.load(name, config, toy.SCHEMA)
+      ids = method.ids(method_lib.empty_batch(schema, ("click",)))
+      for table, found in plain.ids(
+        method_lib.empty_batch(toy.SCHEMA, ("click",))
+      ).items():
+        # As many as the history's own, of rows that are there already.
+        self.assertLen(ids[table], len(found) + history.max_len)
+        self.assertEqual(
+          method.tables[table].num_rows, plain.tables[table].num_rows
+        )
+      jax.eval_shape(method.init, jax.random.key(0))
 
   def test_empty_batch_has_the_structure_of_a_real_one(self):
     real = toy.make_batch(size=3).replace(groups={})

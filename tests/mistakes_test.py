@@ -223,7 +223,7 @@ class SchemaTest(command_case.CommandTestCase):
     ),
     time=(
       schema(history={"kind": "sequence", "max_len": 4, "time": "t"}),
-      "'history': 'time' is not supported yet; leave it out",
+      "'history': \"time\" needs the time of the example itself; name its",
     ),
     no_ids=(
       schema(user=None, item=None, history=None, genres=None)

@@ -13,7 +13,7 @@ from absl.testing import absltest, parameterized
 
 from recjax import method as method_lib
 from recjax import optimizer as optimizer_lib
-from recjax import parallel, train_state
+from recjax import parallel, serve, train_state
 from recjax.sparse import in_model
 from recjax.sparse import table as table_lib
 from tests import toy
@@ -364,6 +364,22 @@ class ModelContractTest(parameterized.TestCase):
       (actual[0].replace(opt_state=opt_state), actual[1]),
       expected,
       rtol=1e-4,
+      atol=1e-5,
+    )
+
+  @parameterized.named_parameters(ALL)
+  def test_a_user_encoded_once_scores_as_every_pair_alone(self, name):
+    case, candidates = make_case(name), toy.make_batch(3)
+    user = _permute(toy.make_batch(4), slice(1))
+    names = ("item_id", "tags", "price", "content")
+    ranker = serve.Ranker(case.method, names)
+    state = case.state.replace(ema_params=None)
+    user_state = ranker.encode_user(state, user)
+    pairs = toy.pair(user, candidates, names)
+    chex.assert_trees_all_close(
+      ranker.score(state, user_state, candidates),
+      case.predict(case.state, pairs),
+      rtol=1e-5,
       atol=1e-5,
     )
 

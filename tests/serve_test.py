@@ -1,159 +1,169 @@
-import json
-
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from recjax import export, serve
-from recjax.data import table
-from recjax.schema import SPLITS
-from tests.data import table_case
+from recjax import method as method_lib
+from recjax import optimizer as optimizer_lib
+from recjax import serve, train_state
+from recjax.errors import UserError
+from tests import toy
 
-FORMS = {
-  "strings": {},
-  "integers": {
-    "user": [2**62, -5, 2**62, -5, 7, -5, None, None],
-    "shop": [1, 2, 1, 3, None, 2, 1, 1],
-    "genres": [["x", "y"], [""], None, ["z", None], [], ["y"], ["y"], ["é"]],
-  },
-  "a_string_history_of_integer_items": {
-    "history": ["", "30", "30 10 20 10", "40 99", None, "50", "10", "7"],
-  },
-  "texts_of_all_lengths": {
-    "user": ["", "ß", "", "b\0", "日本", "日本" * 99, None, "b"],
-    "item": [f"item {'x' * i}" for i in range(8)],
-    "history": [["item "], ["?"], None, ["item x"], [], ["item xx"], [], []],
-    "shop": ["é", "", "b\0", "b", None, "日" * 50, "b" * 99, "?"],
-  },
-  "floats_with_nan": {
-    "item": [3.0, 1.0, float("nan"), 4.0, float("nan"), 9.0, 3.0, 2.0],
-    "history": [[3.0], [1.0], [], [4.0], [5.0], [9.0], [], [2.0, 3.0]],
-  },
-  "booleans": {
-    "user": [True, False, True, None, True, True, False, False],
-    "price": [True, False, True, True, True, True, False, False],
-  },
-  "far_numbers": {"price": [1.0, 2, 3, 1e6, -1e6, 6, 7, 8]},
-  "texts_of_numbers": {
-    "price": ["1", " 2.5", "-3e2 ", "4", "5", "6", "7", "8"],
-  },
-}
+NAMES = ("item_id", "tags", "price", "content")
 
 
-def encoder_of(columns):
-  """The encoder of an export, after its way through JSON."""
-  description, tensors = export.describe_data(columns)
-  description["dense"] = {
-    name: values.tolist() for name, values in description["dense"].items()
-  }
-  return serve.Encoder(json.loads(json.dumps(description)), tensors)
-
-
-def take(data, part):
-  chosen = [i for i, p in enumerate(data["part"]) if p == part]
-  return {name: [v[i] for i in chosen] for name, v in data.items()}
-
-
-class EncoderTest(table_case.TableTestCase):
-  @parameterized.named_parameters(
-    (f"_{name}", form) for name, form in FORMS.items()
+def make(name, **config):
+  method = method_lib.load(
+    name, {"tasks": ("click",), "embed_dim": 4, **config}, toy.SCHEMA
   )
-  def test_raw_rows_become_what_the_pipeline_makes_of_them(self, form):
-    schema = json.loads(json.dumps(table_case.SCHEMA))
-    schema["features"]["history"]["separator"] = " "
-    data = table_case.small_table(**form)
-    name = "log.csv" if isinstance(data["price"][0], str) else "log.parquet"
-    if name == "log.csv":
-      del schema["features"]["content"], data["content"]
-      data["history"] = [" ".join(map(str, h or ())) for h in data["history"]]
-    columns = self.open(data, schema, name)
-    encoder = encoder_of(columns)
-    source = table.Config(
-      str(self.directory / name), str(self.directory / "schema.json")
-    )
-    for split in SPLITS:
-      actual = encoder.encode(take(data, split))
-      batch = columns.read(split, np.arange(columns.num_rows[split]))
-      expected = {"dense": batch.dense, "example_mask": batch.example_mask}
-      for kind in ("ids", "id_mask", "vectors"):
-        arrays = getattr(batch, kind)
-        expected |= {f"{kind}/{k}": v for k, v in arrays.items()}
-      self.assertCountEqual(actual, expected)
-      for key, value in expected.items():
-        np.testing.assert_array_equal(actual[key], value, f"{split} {key}")
-        self.assertEqual(actual[key].dtype, value.dtype, key)
-      # The same of the rows that an export keeps, after their way through JSON.
-      raw = json.dumps(table.read_raw(source, split, 3), allow_nan=False)
-      kept = encoder.encode(json.loads(raw))
-      for key, value in expected.items():
-        np.testing.assert_array_equal(kept[key], value[:3], f"{split} {key}")
-
-  def test_arrays_are_read_as_lists_are(self):
-    data = table_case.small_table(user=list(range(8)))
-    encoder = encoder_of(self.open(data))
-    arrays = data | {
-      "user": np.arange(8, dtype=np.uint8),
-      "item": np.array(data["item"]),
-      "price": np.array(data["price"], np.float32),
-      "content": np.array(data["content"], np.float64),
-    }
-    actual, expected = encoder.encode(arrays), encoder.encode(data)
-    for key, value in expected.items():
-      np.testing.assert_array_equal(actual[key], value, key)
-
-  def test_no_rows_are_no_mistake(self):
-    data = table_case.small_table()
-    arrays = encoder_of(self.open(data)).encode({name: [] for name in data})
-    self.assertEqual({len(array) for array in arrays.values()}, {0})
-
-  @parameterized.named_parameters(
-    ("_among_texts", "user", ["u1", float("nan"), "u2"], ["u1", None, "u2"]),
-    ("_large_ids", "shop", [2**53 + 1, float("nan")], [2**53 + 1, None]),
-    ("_float32", "shop", [np.float32("nan"), np.float32(3)], [None, 3]),
-    ("_in_a_list", "history", [[1, float("nan")], [2]], [[1, None], [2]]),
-    ("_numbers_as_texts", "user", ["u1", 5.0, 7], ["u1", "5", "7"]),
+  step = train_state.StepConfig(
+    method, method.stages[0], optimizer_lib.Config(ema_decay=0.9), num_steps=1
   )
-  def test_nan_and_floats_are_read_as(self, column, values, expected):
-    data = table_case.small_table(
-      user=["u1", "u2", "5", "7", None, "u1", "u2", "u1"],
-      shop=[2**53, 2**53 + 1, 3, None, 2**53, 3, 3, 3],
+  state = jax.jit(lambda rng: train_state.init_state(rng, step))
+  return method, state(jax.random.key(0))
+
+
+def make_user(seed=1, history=(3, 1, 2)):
+  user = jax.tree.map(lambda x: x[:1], toy.make_batch(seed))
+  ids = np.zeros((1, 5), np.int32)
+  ids[0, : len(history)] = history
+  mask = np.arange(5)[None] < len(history)
+  return user.replace(
+    ids=dict(user.ids) | {"history": jnp.asarray(ids)},
+    id_mask=dict(user.id_mask) | {"history": jnp.asarray(mask)},
+  )
+
+
+class RankerTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.method, cls.state = make("dlrm_mlp", mlp_dims=(8,))
+    cls.ranker = serve.Ranker(cls.method, NAMES)
+    cls.candidates = toy.make_batch(7, size=6)
+
+  def score(self, user_state):
+    return self.ranker.score(self.state, user_state, self.candidates)["click"]
+
+  def test_scores_use_the_averaged_parameters(self):
+    user = make_user()
+    before = self.score(self.ranker.encode_user(self.state, user))
+    params = jax.tree.map(lambda x: x + 1.0, self.state.params)
+    state = self.state.replace(params=params)
+    after = self.ranker.score(
+      state, self.ranker.encode_user(state, user), self.candidates
     )
-    encoder = encoder_of(self.open(data))
-    found, wanted = (
-      encoder.encode(
-        {k: v[: len(values)] for k, v in data.items()} | {column: rows}
+    np.testing.assert_array_equal(before, after["click"])
+
+  def test_what_the_user_batch_holds_of_a_candidate_is_ignored(self):
+    user = make_user()
+    other = make_user(seed=9)
+    changed = user.replace(
+      dense=user.dense.at[:, 1].set(99.0),
+      ids=dict(user.ids) | {n: other.ids[n] for n in ("item_id", "tags")},
+      id_mask=dict(user.id_mask) | {"tags": other.id_mask["tags"]},
+      vectors=other.vectors,
+    )
+    first, second = (
+      self.score(self.ranker.encode_user(self.state, u))
+      for u in (user, changed)
+    )
+    np.testing.assert_array_equal(first, second)
+
+  def test_the_history_counts(self):
+    first, second = (
+      self.score(self.ranker.encode_user(self.state, make_user(history=h)))
+      for h in ((3, 1, 2), (3, 1))
+    )
+    self.assertGreater(np.abs(first - second).max(), 1e-6)
+
+  @parameterized.parameters(((3, 1), (2, 7)), ((), (2,)), ((4,), ()))
+  def test_appended_events_equal_encoding_anew(self, old, new):
+    user_state = self.ranker.encode_user(self.state, make_user(history=old))
+    user_state = self.ranker.append(
+      self.state, user_state, {"history": jnp.asarray(new, jnp.int32)}
+    )
+    whole = self.ranker.encode_user(self.state, make_user(history=old + new))
+    np.testing.assert_allclose(
+      self.score(user_state), self.score(whole), rtol=1e-5, atol=1e-6
+    )
+    self.assertEqual(user_state.counts["history"], len(old + new))
+
+  def test_a_list_that_outgrows_its_length_is_encoded_anew(self):
+    user_state = self.ranker.encode_user(self.state, make_user())
+    with self.assertRaisesRegex(UserError, "would hold 6 events and keeps 5"):
+      self.ranker.append(
+        self.state, user_state, {"history": jnp.arange(3, dtype=jnp.int32)}
       )
-      for rows in (values, expected)
-    )
-    for key, array in wanted.items():
-      np.testing.assert_array_equal(found[key], array, key)
-    if column == "shop":
-      self.assertEqual(len(set(found["ids/shop"].tolist())), 2)
 
-  @parameterized.named_parameters(
-    ("_missing_column", {"user": ...}, "column 'user' is missing"),
-    ("_short_column", {"item": [1]}, "'item' has 1 rows, 'user' has 2"),
-    ("_no_number", {"price": ["a", 1]}, "'price'.*must be a number"),
-    ("_nan", {"price": [1, None]}, "'price', row 2: None must be one finite"),
-    ("_infinite", {"price": [1e300, 1]}, "'price', row 1: .*finite"),
-    ("_fraction", {"item": [1.5, 2]}, "'item': an id must be"),
-    ("_large", {"item": [2**63, 2]}, "'item': an id must be"),
-    ("_text", {"item": ["x", "1"]}, "'item': .*64-bit integers"),
-    ("_list", {"item": [[1], [2]]}, "'item': an id must be"),
-    ("_ragged", {"item": [[1], [2, 3]]}, "'item': an id must be"),
-    ("_no_list", {"history": [[], 3]}, "'history', row 2: must hold lists"),
-    ("_no_separator", {"history": ["1", []]}, "'history', row 1: .*a list"),
-    ("_width", {"content": [[1, 2], [1]]}, "'content', row 2: 1 numbers"),
-    ("_vector_nan", {"content": [[1, 2], [1, float("nan")]]}, "row 2: must"),
-    ("_vector_text", {"content": [[1, 2], ["a", 2]]}, "'content': .*2 numbers"),
-  )
-  def test_a_mistake_is_one_line(self, wrong, message):
-    data = table_case.small_table(user=list(range(8)))
-    encoder = encoder_of(self.open(data))
-    rows = {name: values[:2] for name, values in data.items()} | wrong
-    rows = {name: values for name, values in rows.items() if values is not ...}
-    with self.assertRaisesRegex(serve.InputError, message) as caught:
-      encoder.encode(rows)
-    self.assertNotIn("\n", str(caught.exception))
+  def test_only_lists_of_the_user_grow(self):
+    user_state = self.ranker.encode_user(self.state, make_user())
+    for name in ("tags", "user_id", "histori"):
+      with self.assertRaisesRegex(UserError, f"'{name}' is no list"):
+        self.ranker.append(
+          self.state, user_state, {name: jnp.zeros(1, jnp.int32)}
+        )
+
+  def test_a_model_with_an_encoder_says_that_it_cannot_append(self):
+    method, state = make("din", attention_dims=(4,), mlp_dims=(8,))
+    ranker = serve.Ranker(method, NAMES)
+    with self.assertRaisesRegex(UserError, "din encodes .* call encode_user"):
+      ranker.append(state, ranker.encode_user(state, make_user()), {})
+
+  def test_mistakes_in_the_candidates_features(self):
+    with self.assertRaisesRegex(UserError, "'item'; did you mean 'item_id'"):
+      serve.Ranker(self.method, ("item",))
+    method, _ = make("din", attention_dims=(4,), mlp_dims=(8,))
+    with self.assertRaisesRegex(UserError, "'history' is a sequence"):
+      serve.Ranker(method, ("history",))
+
+  def test_a_user_is_one_example(self):
+    with self.assertRaisesRegex(ValueError, "one example, got 16"):
+      self.ranker.encode_user(self.state, toy.make_batch())
+
+
+class UserCacheTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    method, state = make("dlrm_mlp", mlp_dims=(8,))
+    ranker = serve.Ranker(method, NAMES)
+    users = [make_user(seed) for seed in range(3)]
+    cls.states = [ranker.encode_user(state, user) for user in users]
+    cls.size = cls.states[0].nbytes
+
+  def test_a_state_counts_all_its_arrays(self):
+    leaves = jax.tree.leaves(self.states[0])
+    self.assertEqual(self.size, sum(np.asarray(leaf).nbytes for leaf in leaves))
+    self.assertGreater(self.size, 4 * 5 * 4)
+
+  def test_drops_the_longest_unused_over_the_budget(self):
+    cache, states = serve.UserCache(2 * self.size + 1), self.states
+    cache.put("a", states[0])
+    cache.put("b", states[1])
+    self.assertIs(cache.get("a"), states[0])
+    cache.put("c", states[2])
+    self.assertIsNone(cache.get("b"))
+    self.assertIs(cache.get("a"), states[0])
+    self.assertIs(cache.get("c"), states[2])
+    self.assertEqual((cache.nbytes, len(cache)), (2 * self.size, 2))
+
+  def test_a_new_state_replaces_the_old(self):
+    cache, states = serve.UserCache(2 * self.size + 1), self.states
+    cache.put("a", states[0])
+    cache.put("a", states[1])
+    self.assertIs(cache.get("a"), states[1])
+    self.assertEqual((cache.nbytes, len(cache)), (self.size, 1))
+    cache.discard("a")
+    self.assertEqual((cache.nbytes, len(cache)), (0, 0))
+
+  def test_a_state_over_the_whole_budget_is_not_held(self):
+    cache, states = serve.UserCache(self.size - 1), self.states
+    self.assertIs(cache.put("a", states[0]), states[0])
+    self.assertIsNone(cache.get("a"))
+    self.assertEqual(cache.nbytes, 0)
+    with self.assertRaisesRegex(ValueError, "max_bytes must be at least 1"):
+      serve.UserCache(0)
 
 
 if __name__ == "__main__":

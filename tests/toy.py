@@ -72,6 +72,26 @@ def make_batch(seed: int = 0, size: int = 16, num_padding: int = 0) -> Batch:
   )
 
 
+def pair(user: Batch, candidates: Batch, names) -> Batch:
+  """One example a candidate: its features `names`, the rest of `user`."""
+  repeat = lambda x: jnp.repeat(x, candidates.size, axis=0)  # noqa: E731
+
+  def merge(of_user, of_candidate):
+    return {
+      name: of_candidate[name] if name in names else repeat(value)
+      for name, value in of_user.items()
+    }
+
+  dense = [feature.name in names for feature in SCHEMA.dense_features]
+  return candidates.replace(
+    dense=jnp.where(jnp.array(dense), candidates.dense, repeat(user.dense)),
+    ids=merge(user.ids, candidates.ids),
+    id_mask=merge(user.id_mask, candidates.id_mask),
+    vectors=merge(user.vectors, candidates.vectors),
+    scenario=repeat(user.scenario),
+  )
+
+
 def write_dataset(directory, num_rows: int = 600, seed: int = 0):
   """A prepared data set of `SCHEMA` on disk, split 4:1:1."""
   writer = ColumnWriter(directory, SCHEMA)

@@ -103,16 +103,37 @@ class Model(nn.Module):
   config: Config
   schema: Schema
 
-  @nn.compact
   def __call__(
     self, batch: Batch, rows: dict[str, dict[str, Array]], *, train: bool
   ) -> tuple[dict[str, Float[Array, " batch"]], dict[str, Any]]:
+    encoded = self.encode_user(batch, rows)
+    return self.decode(encoded, batch, rows, train=train)
+
+  def encode_user(
+    self, batch: Batch, rows: dict[str, dict[str, Array]]
+  ) -> dict[str, tuple[Array, Array]]:
+    """The events and mask of each sequence that has a target."""
+    return {
+      name: (rows["embedding"][name], batch.id_mask[name])
+      for name in targets(self.schema)
+    }
+
+  @nn.compact
+  def decode(
+    self,
+    encoded: dict[str, tuple[Array, Array]],
+    batch: Batch,
+    rows: dict[str, dict[str, Array]],
+    *,
+    train: bool,
+  ) -> tuple[dict[str, Float[Array, " batch"]], dict[str, Any]]:
+    """Predictions; `encoded` is of each example, or of one user for all."""
     config = self.config
     dtype = jnp.dtype(config.dtype)
     embeddings = rows["embedding"]
     interests, weights = {}, {}
     for name, target in targets(self.schema).items():
-      events, mask = embeddings[name], batch.id_mask[name]
+      events, mask = encoded[name]
       scores = ActivationUnit(
         config.attention_dims,
         config.activation,
@@ -155,7 +176,7 @@ class ActivationUnit(nn.Module):
   @nn.compact
   def __call__(
     self,
-    events: Float[Array, "batch max_len dim"],
+    events: Float[Array, "users max_len dim"],
     target: Float[Array, "batch dim"],
     *,
     train: bool,
@@ -259,7 +280,7 @@ def targets(schema: Schema) -> dict[str, str]:
 
 def event_weights(
   scores: Float[Array, "batch max_len"],
-  mask: Bool[Array, "batch max_len"],
+  mask: Bool[Array, "users max_len"],
   normalization: str,
 ) -> Float[Array, "batch max_len"]:
   """Scores as weights; 0 where masked, also where all of a row is."""
@@ -272,7 +293,7 @@ def event_weights(
 
 def weighted_sum(
   weights: Float[Array, "batch max_len"],
-  events: Float[Array, "batch max_len dim"],
+  events: Float[Array, "users max_len dim"],
 ) -> Float[Array, "batch dim"]:
   """`sum_j w_j e_j`."""
-  return jnp.einsum("bl,bld->bd", weights, events)
+  return jnp.matmul(weights[:, None], events)[:, 0]

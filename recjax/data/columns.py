@@ -7,55 +7,39 @@ has rows, so everything that belongs to one row lies in one place:
 manifest.json    format, schema, row counts, mean and std of dense columns
 train.rows       [num_rows, words] of little-endian 32-bit words; also
 valid.rows       a row: list starts (64 bit), list lengths, ids, groups,
-test.rows        dense, labels (NaN = missing), vectors
-values_0.i32     ids of the first list feature, then max_len zeros; also
+test.rows        dense, labels (NaN = missing), vectors, time (64 bit)
+values_0.i32     entries of the first list feature, then max_len zeros; also
 values_1.i32     a row's list is a slice, and slices may overlap
 ```
 
 Lists are slices so that a user's history is stored once and not once a row.
+An entry is an id; of a sequence whose schema says more of its events it is the
+event's time (64 bit, if `time` is named), its id and its sides, so that what is
+known of an event lies in one place too. Times are float64 seconds; only rows
+of a schema with event times hold their own. A batch has the difference.
 Dense columns are stored raw and standardised when read, with the training
 part's mean and standard deviation.
 """
 
 import dataclasses
 import json
+from collections.abc import Mapping
 
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Int
 
 from recjax.batch import Batch
 from recjax.data.mapped_rows import MappedRows, Resident
+from recjax.data.moments import Moments
+from recjax.data.row_layout import GROUPS, Block, RowLayout
 from recjax.errors import UserError
 from recjax.schema import SPLITS, Feature, Schema
 
-FORMAT = 1
+FORMAT = 2
 DENSE_LIMIT = 10.0  # Standardised values are clipped to +-DENSE_LIMIT.
-GROUPS = ("group", "query")
 _RESIDENT_BYTES = 112 << 20
-
-
-@dataclasses.dataclass
-class Block:
-  """Some rows on their way into the store, `n` in every array.
-
-  Attributes:
-    dense: Raw values, columns in the order of `Schema.dense_features`.
-    ids: Single-valued id feature -> row of its vocabulary.
-    lists: Sequence or multi-valued feature -> start and length of each row's
-      slice of the values given to `ColumnWriter.append_values`, oldest first.
-    vectors: Vector feature -> its values.
-    labels: Label -> outcome, NaN where missing.
-    groups: `"group"` and `"query"`, where the data has them -> any numbers
-      that tell the groups apart.
-  """
-
-  dense: Float[np.ndarray, "n num_dense"]
-  ids: dict[str, Int[np.ndarray, " n"]]
-  lists: dict[str, tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]
-  vectors: dict[str, Float[np.ndarray, "n dim"]]
-  labels: dict[str, Float[np.ndarray, " n"]]
-  groups: dict[str, Int[np.ndarray, " n"]]
 
 
 class ColumnWriter:
@@ -79,7 +63,7 @@ class ColumnWriter:
   def __init__(self, directory: epath.PathLike, schema: Schema):
     self._directory = epath.Path(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
-    self._layout = _Layout(schema)
+    self._layout = RowLayout(schema)
     self._values = {
       feature.name: self._directory / f"values_{position}.i32"
       for position, feature in enumerate(self._layout.lists)
@@ -92,7 +76,7 @@ class ColumnWriter:
     self._max_len = dict.fromkeys(self._values, 0)
     self._max_id = {f.name: 0 for f in schema.id_features}
     self._groups = None
-    self._moments = _Moments(len(schema.dense_features))
+    self._moments = Moments(len(schema.dense_features))
 
   def append(self, split: str, block: Block) -> None:
     """Appends the rows of `block` to `split`."""
@@ -105,15 +89,30 @@ class ColumnWriter:
     self._num_rows[split] += len(rows)
 
   def append_values(
-    self, feature: str, values: Int[np.ndarray, " values"]
+    self,
+    feature: str,
+    values: Int[np.ndarray, " values"],
+    *,
+    time: Float[np.ndarray, " values"] | None = None,
+    sides: Mapping[str, Int[np.ndarray, " values"]] | None = None,
   ) -> int:
-    """Appends ids to a list feature's values; returns the first's index."""
+    """Appends to a list feature's values; returns the first's index.
+
+    Args:
+      feature: Its name; sides come with their sequence.
+      values: Ids.
+      time: When each event was, in seconds, if the schema names its time. No
+        row's slice may hold an event of its own or a later time.
+      sides: The ids of each side, if the schema names sides.
+    """
     start = self._num_values[feature]
     if len(values):
-      if values.min() < 0:
-        raise ValueError(f"feature {feature!r}: negative id {values.min()}")
-      self._max_id[feature] = max(self._max_id[feature], int(values.max()))
-      _append(self._values[feature], np.ascontiguousarray(values, "<i4"))
+      entries = self._layout.pack_values(feature, values, time, sides or {})
+      for name, ids in {feature: values, **(sides or {})}.items():
+        if ids.min() < 0:
+          raise ValueError(f"feature {name!r}: negative id {ids.min()}")
+        self._max_id[name] = max(self._max_id[name], int(ids.max()))
+      _append(self._values[feature], entries)
       self._num_values[feature] += len(values)
     return start
 
@@ -127,12 +126,13 @@ class ColumnWriter:
     schema = dataclasses.replace(
       schema, features=tuple(self._with_max_len(f) for f in schema.features)
     )
-    if _Layout(schema).parts() != self._layout.parts():
+    if RowLayout(schema).parts() != self._layout.parts():
       raise ValueError("finish: the schema's features or labels have changed")
     self._check_ranges(schema)
     for name, path in self._values.items():
-      # A row is read as max_len values from its start: the last needs room.
-      _append(path, np.zeros(schema.feature(name).max_len, "<i4"))
+      # A row is read as max_len entries from its start: the last needs room.
+      words = schema.feature(name).max_len * self._layout.entry_words[name]
+      _append(path, np.zeros(words, "<i4"))
     mean, std = self._moments.result()
     manifest = {
       "format": FORMAT,
@@ -170,6 +170,13 @@ class ColumnWriter:
       )
     if not np.isfinite(block.dense).all():
       raise ValueError("block dense: values must be finite")
+    if (block.time is None) == layout.has_time:
+      raise ValueError(
+        "block time: must be there if, and only if, a sequence names the "
+        "times of its events"
+      )
+    if layout.has_time and not np.isfinite(block.time).all():
+      raise ValueError("block time: values must be finite")
 
   def _track(self, block: Block, num_rows: int):
     if not num_rows:
@@ -253,7 +260,7 @@ class Columns:
     )
     self.dense_mean = np.asarray(manifest["dense_mean"], np.float32)
     self.dense_std = np.asarray(manifest["dense_std"], np.float32)
-    self._layout = _Layout(self.schema)
+    self._layout = RowLayout(self.schema)
     resident = Resident(_RESIDENT_BYTES)
     self._rows = {
       split: MappedRows(
@@ -266,17 +273,32 @@ class Columns:
     self._values = {
       f.name: MappedRows(
         self.directory / f"values_{position}.i32",
-        (manifest["num_values"][f.name] + f.max_len, 1),
+        (
+          manifest["num_values"][f.name] + f.max_len,
+          self._layout.entry_words[f.name],
+        ),
         resident,
         width=f.max_len,
       )
       for position, f in enumerate(self._layout.lists)
     }
 
-  def read(self, split: str, indices: Int[np.ndarray, " batch"]) -> Batch:
+  def read(
+    self,
+    split: str,
+    indices: Int[np.ndarray, " batch"],
+    *,
+    max_len: int | None = None,
+  ) -> Batch:
     """The rows at `indices` as NumPy arrays, in that order.
 
     Sorted indices are the fastest; within a training batch order is free.
+
+    Args:
+      split: `train`, `valid` or `test`.
+      indices: Row numbers.
+      max_len: Cuts every sequence to its so many last events; None reads all
+        that the schema keeps.
 
     Raises:
       IndexError: If an index is outside [0, num_rows[split]).
@@ -290,11 +312,21 @@ class Columns:
       for part in (layout.lengths, layout.ids, layout.groups, layout.outcomes)
     )
     ids = {f.name: single[i] for i, f in enumerate(layout.single)}
-    id_mask = {}
+    id_mask, event_age = {}, {}
+    time = np.ascontiguousarray(rows[:, layout.time]).view(np.float64)
     for i, feature in enumerate(layout.lists):
-      ids[feature.name], id_mask[feature.name] = self._read_list(
-        feature, starts[:, i], lengths[i]
+      entries, mask = self._read_list(
+        feature, starts[:, i], lengths[i], max_len
       )
+      names = layout.id_words[feature.name]
+      for name, word in names.items():
+        ids[name] = np.multiply(entries[..., word], mask, dtype=np.int32)
+        id_mask[name] = mask
+      if feature.time is not None:
+        times = np.ascontiguousarray(entries[..., :2]).view(np.float64)[..., 0]
+        event_age[feature.name] = np.where(mask, time - times, 0).astype(
+          np.float32
+        )
     labels = labels.view(np.float32)
     observed = ~np.isnan(labels)
     labels = np.where(observed, labels, np.float32(0))
@@ -314,6 +346,7 @@ class Columns:
       ),
       groups={g: groups[GROUPS.index(g)] for g in self._groups},
       example_mask=np.ones(size, bool),
+      event_age=event_age,
       real_labels=self._real_labels,
     )
 
@@ -331,13 +364,31 @@ class Columns:
     dense /= self.dense_std
     return np.clip(dense, -DENSE_LIMIT, DENSE_LIMIT, out=dense)
 
-  def _read_list(self, feature: Feature, starts, lengths):
+  def lengths(self, split: str) -> Int[np.ndarray, " rows"]:
+    """Events of each row's longest sequence, as many as are kept of it."""
+    longest = np.zeros(self.num_rows[split], np.int32)
+    layout = self._layout
+    for start in range(0, len(longest), 1 << 16):
+      stop = min(start + (1 << 16), len(longest))
+      rows = self._rows[split].gather(np.arange(start, stop))
+      for length, feature in zip(
+        rows[:, layout.lengths].T, layout.lists, strict=True
+      ):
+        if feature.kind == "sequence":
+          part = longest[start:stop]
+          np.maximum(part, np.minimum(length, feature.max_len), out=part)
+    return longest
+
+  def _read_list(self, feature: Feature, starts, lengths, max_len):
+    """The entries of a batch's lists, `[batch, max_len, words]`, and a mask."""
+    width = feature.max_len
     if feature.kind == "sequence":
-      starts = starts + np.maximum(lengths - feature.max_len, 0)
-    ids = self._values[feature.name].gather(starts)
-    mask = np.arange(feature.max_len, dtype=np.int32) < lengths[:, None]
-    np.multiply(ids, mask, out=ids)
-    return ids, mask
+      width = min(width, max_len or width)
+      starts = starts + np.maximum(lengths - width, 0)
+    words = self._layout.entry_words[feature.name]
+    entries = self._values[feature.name].gather(starts, width)
+    mask = np.arange(width, dtype=np.int32) < lengths[:, None]
+    return entries.reshape(-1, width, words), mask
 
 
 def pad_batch(batch: Batch, size: int) -> Batch:
@@ -360,104 +411,9 @@ def pad_batch(batch: Batch, size: int) -> Batch:
     padded[: len(array)] = array
     return padded
 
-  def pad_all(arrays):
-    return {name: pad(array) for name, array in arrays.items()}
-
-  return Batch(
-    dense=pad(batch.dense),
-    ids=pad_all(batch.ids),
-    id_mask=pad_all(batch.id_mask),
-    vectors=pad_all(batch.vectors),
-    labels=pad_all(batch.labels),
-    label_mask=pad_all(batch.label_mask),
-    scenario=pad(batch.scenario),
-    groups=pad_all(batch.groups),
-    example_mask=pad(batch.example_mask),
-    real_labels=batch.real_labels,
-  )
+  return jax.tree.map(pad, batch)
 
 
 def _append(path: epath.Path, array: np.ndarray):
   with open(path, "ab") as file:
     file.write(array.data)
-
-
-class _Layout:
-  """Which 32-bit words of a row hold what."""
-
-  def __init__(self, schema: Schema):
-    self.lists = [f for f in schema.id_features if f.is_list]
-    self.single = [f for f in schema.id_features if not f.is_list]
-    self.vectors = list(schema.vector_features)
-    self.labels = list(schema.labels)
-    self.num_words = 0
-    self.starts = self._words(2 * len(self.lists))
-    self.lengths = self._words(len(self.lists))
-    self.ids = self._words(len(self.single))
-    self.groups = self._words(len(GROUPS))
-    self.dense = self._words(len(schema.dense_features))
-    self.outcomes = self._words(len(self.labels))
-    self.vector_parts = [self._words(f.dim) for f in self.vectors]
-
-  def _words(self, count: int) -> slice:
-    self.num_words += count
-    return slice(self.num_words - count, self.num_words)
-
-  def parts(self):
-    """What makes two layouts equal."""
-    kinds = (self.lists, self.single, self.vectors, self.labels)
-    return [[entry.name for entry in kind] for kind in kinds], self.num_words
-
-  def pack(self, block: Block) -> Int[np.ndarray, "n num_words"]:
-    num_rows = len(block.dense)
-    rows = np.zeros((num_rows, self.num_words), "<i4")
-    floats = rows.view("<f4")
-    floats[:, self.dense] = block.dense
-    for i, feature in enumerate(self.lists):
-      starts, lengths = block.lists[feature.name]
-      word = self.starts.start + 2 * i
-      rows[:, word : word + 2] = (
-        np.ascontiguousarray(starts, "<i8").view("<i4").reshape(-1, 2)
-      )
-      rows[:, self.lengths.start + i] = lengths
-    for i, feature in enumerate(self.single):
-      rows[:, self.ids.start + i] = block.ids[feature.name]
-    for name, values in block.groups.items():
-      rows[:, self.groups.start + GROUPS.index(name)] = values
-    for i, label in enumerate(self.labels):
-      floats[:, self.outcomes.start + i] = block.labels[label.name]
-    for feature, part in zip(self.vectors, self.vector_parts, strict=True):
-      floats[:, part] = block.vectors[feature.name]
-    return rows
-
-
-class _Moments:
-  """Running mean and standard deviation of columns, in float64."""
-
-  def __init__(self, num_columns: int):
-    self.count = 0
-    self.mean = np.zeros(num_columns)
-    self.squares = np.zeros(num_columns)
-    self.low = np.full(num_columns, np.inf)
-    self.high = np.full(num_columns, -np.inf)
-
-  def update(self, values: Float[np.ndarray, "n columns"]):
-    if not len(values):
-      return
-    values = values.astype(np.float64)
-    mean = values.mean(axis=0)
-    delta = mean - self.mean
-    total = self.count + len(values)
-    # Chan, Golub and LeVeque, The American Statistician 37 (1983), eq. 2.1.
-    self.squares += ((values - mean) ** 2).sum(axis=0)
-    self.squares += delta**2 * (self.count * len(values) / total)
-    self.mean += delta * (len(values) / total)
-    self.count = total
-    self.low = np.minimum(self.low, values.min(axis=0))
-    self.high = np.maximum(self.high, values.max(axis=0))
-
-  def result(self):
-    std = np.sqrt(self.squares / max(self.count, 1)).astype(np.float32)
-    # Rounding leaves a constant column a tiny deviation: compare its ends.
-    constant = (self.low >= self.high) | (std == 0)
-    return self.mean, np.where(constant, np.float32(1), std)

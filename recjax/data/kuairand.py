@@ -407,18 +407,4 @@ def _append(writer: ColumnWriter, part, block: Block):
   for number, split in enumerate(SPLITS):
     chosen = part == number
     if chosen.any():
-      writer.append(split, _take(block, chosen))
-
-
-def _take(block: Block, chosen) -> Block:
-  def take(columns):
-    return {name: column[chosen] for name, column in columns.items()}
-
-  return Block(
-    dense=block.dense[chosen],
-    ids=take(block.ids),
-    lists={n: (s[chosen], k[chosen]) for n, (s, k) in block.lists.items()},
-    vectors=take(block.vectors),
-    labels=take(block.labels),
-    groups=take(block.groups),
-  )
+      writer.append(split, block.take(chosen))

@@ -27,7 +27,7 @@ class MappedRows:
     path: The file.
     shape: Number of rows and words a row.
     resident: Shares its limit among the maps of one data set.
-    width: Words to read from a row's start; may reach into the rows after.
+    width: Rows to read from a row's start on; a start must have so many.
 
   Raises:
     UserError: If the file does not have the size that `shape` says.
@@ -38,7 +38,7 @@ class MappedRows:
     path: os.PathLike,
     shape: tuple[int, int],
     resident: "Resident",
-    width: int | None = None,
+    width: int = 1,
   ):
     num_rows, words = shape
     self.size = 4 * num_rows * words
@@ -58,16 +58,22 @@ class MappedRows:
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
       self._map.madvise(mmap.MADV_RANDOM)
       flat = np.frombuffer(self._map, "<i4")
-    self._array = flat.reshape(num_rows, words)
-    if width is not None:
-      self._array = np.lib.stride_tricks.sliding_window_view(flat, width)
-    self._width = 4 * self._array.shape[1]
+    if width > 1:
+      window = np.lib.stride_tricks.sliding_window_view(flat, width * words)
+      self._array = window[::words]
+    else:
+      self._array = flat.reshape(num_rows, words)
+    self._words = words
     self._kept = resident.add(self)
 
   def gather(
-    self, rows: Int[np.ndarray, " batch"]
+    self, rows: Int[np.ndarray, " batch"], width: int | None = None
   ) -> Int[np.ndarray, "batch words"]:
     """A copy of the rows at `rows`; fastest where they are sorted.
+
+    Args:
+      rows: Their numbers.
+      width: Rows to read from each on, at most the map's own; None for that.
 
     Raises:
       IndexError: If a row is outside the file.
@@ -75,7 +81,11 @@ class MappedRows:
     if len(rows) and rows.min() < 0:
       raise IndexError(f"row {rows.min()} is negative")
     rows = rows.astype(np.int64, copy=False)
-    out = np.empty((len(rows), self._array.shape[1]), np.int32)
+    array = self._array
+    if width is not None:
+      array = array[:, : width * self._words]
+    out = np.empty((len(rows), array.shape[1]), np.int32)
+    num_bytes = 4 * array.shape[1]
     # Few windows at a time, so that no single call maps the whole file.
     moves = np.flatnonzero(np.diff(rows * self._step // _WINDOW)) + 1
     ends = [*moves[_WINDOWS_A_GATHER - 1 :: _WINDOWS_A_GATHER], len(rows)]
@@ -83,9 +93,9 @@ class MappedRows:
     begin = 0
     for end in ends:
       chunk = rows[begin:end]
-      out[begin:end] = self._array[chunk]
+      out[begin:end] = array[chunk]
       begin = end
-      if len(chunk) and chunk.max() * self._step + self._width > self._kept:
+      if len(chunk) and chunk.max() * self._step + num_bytes > self._kept:
         self._resident.touch(self, touched)
     return out
 

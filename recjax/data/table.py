@@ -13,7 +13,8 @@ The schema file's form is in `recjax.schema`. How values are read:
   A null is a value like any other. With `buckets`, values are hashed into rows
   1 to `buckets` and null gets row 0.
 * `multi` and `sequence`: a list column, or strings with a `separator`. Null is
-  an empty list; null and empty values in a list are left out.
+  an empty list; null and empty values in a list are left out. For the times
+  and sides of events see `recjax.data.table_events`.
 * `dense` and `vector`: finite numbers; null is an error.
 * labels: null and NaN are missing, and masked; binary ones are 0 or 1.
 * In CSV files an empty field is null, and ids are strings.
@@ -22,19 +23,21 @@ The table is streamed twice (three times if split by time), so memory does not
 grow with its rows, only with the number of distinct values and groups.
 """
 
+import collections
 import dataclasses
 import pathlib
 import tempfile
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from absl import logging
 
+from recjax.data import table_events
 from recjax.data.columns import Block, ColumnWriter
-from recjax.data.table_source import Rows, Source, is_list, is_string
+from recjax.data.table_columns import read_ids, value_types_of, without_nan
+from recjax.data.table_source import Rows, Source, is_string
 from recjax.data.table_split import make_splitter
 from recjax.data.vocabulary import (
-  VALUE_TYPES,
   Buckets,
   Vocabulary,
   VocabularyBuilder,
@@ -42,9 +45,9 @@ from recjax.data.vocabulary import (
   save_values,
 )
 from recjax.errors import UserError
-from recjax.schema import SPLITS, Feature, Schema
+from recjax.schema import SPLITS, Schema
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def prepare(config: Config, directory: pathlib.Path) -> None:
   source = Source(config.path)
   _check_supported(schema, config.schema)
   source.check_columns(_used_columns(schema))
-  value_types = _value_types(schema, source)
+  value_types = value_types_of(schema, source)
   splitter = make_splitter(schema.split, source, directory)
   tables, groups = _collect(schema, source, splitter, value_types)
   encoder = _Encoder(schema, value_types, tables, groups)
@@ -98,8 +101,16 @@ def prepare(config: Config, directory: pathlib.Path) -> None:
     for part, split in enumerate(SPLITS):
       chosen = np.flatnonzero(parts == part)
       if len(chosen):
-        writer.append(split, _take(block, chosen))
+        writer.append(split, block.take(chosen))
   counts.check(config.path)
+  for name, count in encoder.simultaneous.items():
+    if count:
+      logging.warning(
+        "%s: %d events of %r are at their row's own time and were left out.",
+        config.path,
+        count,
+        name,
+      )
   sizes = {name: table.size for name, table in tables.items()}
   writer.finish(dataclasses.replace(schema, vocab_sizes=sizes))
   for name, table in tables.items():
@@ -118,21 +129,25 @@ def read_raw(config: Config, split: str, num_rows: int) -> dict[str, list]:
     num_rows: How many; fewer where the part has fewer.
 
   Returns:
-    Feature -> its values as JSON knows them, in the order of the prepared
-    rows.
+    Feature, side or time -> its values as JSON knows them, in the order of
+    the prepared rows; dates are seconds.
   """
   schema, source = Schema.from_file(config.schema), Source(config.path)
+  times = {f.time for f in schema.sequences} | {schema.roles.time}
   columns = {feature.name: [] for feature in schema.features}
+  columns |= {name: [] for name in table_events.columns_of(schema)}
   with tempfile.TemporaryDirectory() as scratch:
     splitter = make_splitter(schema.split, source, pathlib.Path(scratch))
     for rows in source.read(_used_columns(schema)):
       chosen = np.flatnonzero(splitter(rows) == SPLITS.index(split))
       for name, values in columns.items():
-        found = _without_nan(rows.column(name))
+        found = without_nan(rows.column(name))
         if pa.types.is_decimal(found.type):
           found = found.cast(pa.float64())
         found = found.take(pa.array(chosen[: num_rows - len(values)]))
-        values.extend(found.to_pylist())
+        values.extend(
+          table_events.raw_times(found) if name in times else found.to_pylist()
+        )
       if all(len(values) == num_rows for values in columns.values()):
         break
   return columns
@@ -146,17 +161,27 @@ class _Encoder:
     self._value_types = value_types
     self._tables = tables
     self._groups = groups
+    self.simultaneous = collections.Counter()
 
   def encode(self, rows: Rows, writer: ColumnWriter) -> Block:
     schema, ids, lists = self._schema, {}, {}
-    for feature in schema.id_features:
-      values, lengths = _values(rows, feature, self._value_types[feature.vocab])
-      found = self._tables[feature.vocab].lookup(values)
+    for feature in (f for f in schema.features if f.is_id):
+      values, lengths, events = read_ids(
+        rows, feature, schema, self._value_types
+      )
+      found = {
+        name: self._tables[schema.feature(name).vocab].lookup(array)
+        for name, array in values.items()
+      }
+      own = found.pop(feature.name)
       if lengths is None:
-        ids[feature.name] = found
-      else:
-        first = writer.append_values(feature.name, found)
-        lists[feature.name] = (first + np.cumsum(lengths) - lengths, lengths)
+        ids[feature.name] = own
+        continue
+      time = None if events is None else events.time
+      first = writer.append_values(feature.name, own, time=time, sides=found)
+      lists[feature.name] = (first + np.cumsum(lengths) - lengths, lengths)
+      if events is not None:
+        self.simultaneous[feature.name] += events.num_simultaneous
     dense = [self._dense(rows, f.name) for f in schema.dense_features]
     return Block(
       dense=(
@@ -172,6 +197,11 @@ class _Encoder:
         name: vocabulary.lookup(_group_keys(rows, column))
         for name, (column, vocabulary) in self._groups.items()
       },
+      time=(
+        table_events.row_times(rows, schema)
+        if table_events.has_times(schema)
+        else None
+      ),
     )
 
   def _dense(self, rows, name):
@@ -265,19 +295,10 @@ def _check_supported(schema: Schema, where: str):
         f"{place}: kind {feature.kind!r} is not supported yet; encode it to "
         "a vector column"
       )
-    for key in ("time", "side"):
-      if getattr(feature, key) is not None:
-        raise UserError(f"{place}: {key!r} is not supported yet; leave it out")
     if feature.buckets is not None and feature.vocabulary is not None:
       raise UserError(
         f"{place}: takes the vocabulary of {feature.vocabulary!r}; give "
         '"buckets" there'
-      )
-    shared = feature.vocabulary
-    if shared is not None and schema.feature(shared).vocab != shared:
-      raise UserError(
-        f"{place}: {shared!r} has no vocabulary of its own; name "
-        f"{schema.feature(shared).vocab!r}"
       )
 
 
@@ -287,73 +308,9 @@ def _used_columns(schema: Schema) -> list[str]:
     *(f.name for f in schema.features),
     *(label.name for label in schema.labels),
     *(name for name in roles if name is not None),
+    *table_events.columns_of(schema),
     *([schema.split.column] if schema.split.by != "random" else []),
   ]
-
-
-def _value_types(schema: Schema, source: Source) -> dict[str, pa.DataType]:
-  """Vocabulary -> integer if all its columns are, else string."""
-  types = {f.vocab: VALUE_TYPES[0] for f in schema.id_features}
-  for path in source.files:
-    file_schema = source.schema(path)
-    for feature in schema.features:
-      found = _element_type(feature, file_schema.field(feature.name).type, path)
-      if feature.is_id and found != VALUE_TYPES[0]:
-        types[feature.vocab] = found
-    for label in schema.labels:
-      _check_number(label.name, file_schema.field(label.name).type, path)
-  return types
-
-
-def _element_type(feature: Feature, found: pa.DataType, path) -> pa.DataType:
-  """Checks a column's type; returns that of its ids."""
-  where = f"{path}: column {feature.name!r}"
-  if pa.types.is_dictionary(found):
-    found = found.value_type
-  if feature.kind == "dense":
-    _check_number(feature.name, found, path)
-    return found
-  if feature.is_list or feature.kind == "vector":
-    if is_list(found):
-      found = found.value_type
-    elif not is_string(found):
-      raise UserError(
-        f"{where}: has type {found}; a {feature.kind} feature with several "
-        "values needs a list column or strings with a separator"
-      )
-    elif feature.separator is None:
-      raise UserError(
-        f'{where}: holds strings; the schema must give its "separator"'
-      )
-  elif is_list(found):
-    raise UserError(
-      f'{where}: has type {found}; give the feature "multi": true or make it '
-      "a sequence"
-    )
-  if feature.kind == "vector":
-    if not is_string(found):
-      _check_number(feature.name, found, path)
-    return found
-  if is_string(found):
-    return VALUE_TYPES[1]
-  if _is_number(found):
-    return VALUE_TYPES[0]
-  raise UserError(f"{where}: has type {found}; ids must be integers or strings")
-
-
-def _check_number(name: str, found: pa.DataType, path):
-  if path.suffix == ".parquet" and not _is_number(found):
-    raise UserError(f"{path}: column {name!r}: has type {found}, not numbers")
-
-
-def _is_number(found: pa.DataType) -> bool:
-  return (
-    pa.types.is_integer(found)
-    or pa.types.is_floating(found)
-    or pa.types.is_decimal(found)
-    or pa.types.is_boolean(found)
-    or pa.types.is_null(found)
-  )
 
 
 def _collect(schema: Schema, source: Source, splitter, value_types):
@@ -369,9 +326,14 @@ def _collect(schema: Schema, source: Source, splitter, value_types):
   }
   columns = {name: column for name, column in columns.items() if column}
   groups = {name: VocabularyBuilder(pa.int64()) for name in columns}
-  features = [f for f in schema.id_features if f.vocab in builders]
+  features = [
+    f
+    for f in schema.features
+    if f.is_id and any(g.vocab in builders for g in (f, *schema.sides(f)))
+  ]
   needed = [
     *(f.name for f in features),
+    *table_events.columns_of(schema),
     *columns.values(),
     *([schema.split.column] if schema.split.by != "random" else []),
   ]
@@ -380,9 +342,13 @@ def _collect(schema: Schema, source: Source, splitter, value_types):
   for rows in source.read(needed):
     in_train = splitter(rows) == SPLITS.index("train")
     for feature in features:
-      values, lengths = _values(rows, feature, value_types[feature.vocab])
+      values, lengths, _ = read_ids(rows, feature, schema, value_types)
       chosen = in_train if lengths is None else np.repeat(in_train, lengths)
-      builders[feature.vocab].add(values.filter(pa.array(chosen)))
+      for name, array in values.items():
+        if schema.feature(name).vocab in builders:
+          builders[schema.feature(name).vocab].add(
+            array.filter(pa.array(chosen))
+          )
     for name, column in columns.items():
       groups[name].add(_group_keys(rows, column))
   tables = {
@@ -398,75 +364,13 @@ def _collect(schema: Schema, source: Source, splitter, value_types):
   }
 
 
-def _values(rows: Rows, feature: Feature, value_type: pa.DataType):
-  """A feature's values in a block, and each row's count if it has lists.
-
-  Of a longer list the last `max_len` values of a sequence are kept, the first
-  of a set.
-  """
-  if not feature.is_list:
-    return _as_values(rows, feature.name, value_type), None
-  values, lengths = rows.lists(feature.name, feature.separator)
-  kept = lengths
-  if feature.max_len is not None and (lengths > feature.max_len).any():
-    kept = np.minimum(lengths, feature.max_len)
-    place = np.arange(len(values)) - np.repeat(
-      np.cumsum(lengths) - lengths, lengths
-    )
-    skipped = lengths - kept if feature.kind == "sequence" else 0 * lengths
-    first = np.repeat(skipped, lengths)
-    keep = (place >= first) & (place < first + np.repeat(kept, lengths))
-    values = values.filter(pa.array(keep))
-  try:
-    if not is_string(values.type):
-      values = values.cast(pa.int64())
-    return values.cast(value_type), kept
-  except pa.ArrowInvalid as error:
-    raise UserError(
-      f"{rows.path}: column {feature.name!r}, rows {rows.first + 1} to "
-      f"{rows.first + len(rows)}: an id must be a 64-bit integer or a string "
-      f"({error})"
-    ) from error
-
-
-def _as_values(rows: Rows, name: str, value_type: pa.DataType) -> pa.Array:
-  array = rows.column(name)
-  if not is_string(array.type):
-    array = rows.cast(name, _without_nan(array), VALUE_TYPES[0])
-  return array.cast(value_type)
-
-
-def _without_nan(array: pa.Array) -> pa.Array:
-  """Pandas writes an integer column with nulls as floats with NaN."""
-  if not pa.types.is_floating(array.type):
-    return array
-  return pc.if_else(pc.is_nan(array), pa.scalar(None, array.type), array)
-
-
 def _group_keys(rows: Rows, column: str) -> pa.Array:
   """A 64-bit integer for each distinct value of any scalar column."""
   array = rows.column(column)
   if pa.types.is_temporal(array.type):
     array = array.cast(f"int{array.type.bit_width}")
   if not is_string(array.type):
-    return rows.cast(column, _without_nan(array), pa.int64())
+    return rows.cast(column, without_nan(array), pa.int64())
   encoded = array.dictionary_encode()
   keys = hash_values(encoded.dictionary).view(np.int64)
   return pa.array(keys).take(encoded.indices)
-
-
-def _take(block: Block, chosen) -> Block:
-  def take(arrays):
-    return {name: array[chosen] for name, array in arrays.items()}
-
-  return Block(
-    dense=block.dense[chosen],
-    ids=take(block.ids),
-    lists={
-      name: (starts[chosen], lengths[chosen])
-      for name, (starts, lengths) in block.lists.items()
-    },
-    vectors=take(block.vectors),
-    labels=take(block.labels),
-    groups=take(block.groups),
-  )

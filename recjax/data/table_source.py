@@ -66,16 +66,27 @@ class Rows:
       row = int(np.argmin(good))
       raise self.error(column, row, message(row))
 
-  def cast(self, column: str, array: pa.Array, to: pa.DataType) -> pa.Array:
-    """`array`, one value a row, as another type; a misfit names its row."""
+  def cast(
+    self,
+    column: str,
+    array: pa.Array,
+    to: pa.DataType,
+    owner: Int[np.ndarray, " values"] | None = None,
+  ) -> pa.Array:
+    """`array` as another type; a misfit names its row.
+
+    It holds one value a row, or those of the rows that `owner` names.
+    """
     if is_string(array.type) and not is_string(to):
       array = pc.utf8_trim_whitespace(array)
     try:
       return array.cast(to)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-      row = _first_misfit(array, to)
+      at = _first_misfit(array, to)
       raise self.error(
-        column, row, f"{array[row].as_py()!r} is not {_describe(to)}"
+        column,
+        at if owner is None else int(owner[at]),
+        f"{array[at].as_py()!r} is not {_describe(to)}",
       ) from None
 
   def floats(self, column: str) -> Float[np.ndarray, " rows"]:
@@ -215,6 +226,17 @@ def is_string(data_type: pa.DataType) -> bool:
     pa.types.is_string(data_type)
     or pa.types.is_large_string(data_type)
     or pa.types.is_string_view(data_type)
+  )
+
+
+def is_number(found: pa.DataType) -> bool:
+  """True for integers, floats, decimals, booleans, and nulls alone."""
+  return (
+    pa.types.is_integer(found)
+    or pa.types.is_floating(found)
+    or pa.types.is_decimal(found)
+    or pa.types.is_boolean(found)
+    or pa.types.is_null(found)
   )
 
 

@@ -114,7 +114,8 @@ def pooled_rows(
   Args:
     schema: What the batch holds.
     batch: The examples.
-    rows: Feature name -> embeddings of its ids.
+    rows: Feature name -> embeddings of its ids; of a list perhaps their mean
+      (serving pools a user's lists once).
     pooled: Feature name -> the vector that stands for it, for the features
       that the caller has pooled in a way of its own.
   """
@@ -124,7 +125,7 @@ def pooled_rows(
     name = feature.name
     if name in pooled:
       vectors.append(pooled[name])
-    elif feature.is_list:
+    elif feature.is_list and rows[name].ndim == 3:
       vectors.append(masked_mean(rows[name], batch.id_mask[name]))
     else:
       vectors.append(rows[name])

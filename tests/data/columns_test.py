@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 from recjax.data import columns as columns_lib
 from recjax.data import mapped_rows
 from recjax.data.columns import Block, Columns, ColumnWriter, pad_batch
+from recjax.data.moments import Moments
 from recjax.errors import UserError
 from recjax.schema import Feature, Label, Roles, Schema
 
@@ -193,7 +194,7 @@ class ColumnsTest(parameterized.TestCase):
   def test_other_format_is_refused(self):
     write_store(self.directory)
     path = self.directory / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 0'))
     with self.assertRaisesRegex(UserError, "format 0"):
       Columns(self.directory)
 
@@ -245,7 +246,7 @@ class MomentsTest(absltest.TestCase):
   def test_blocks_of_any_size_give_the_whole_columns_moments(self):
     rng = np.random.default_rng(0)
     values = rng.normal(1e6, 2, (1000, 3))
-    moments = columns_lib._Moments(3)
+    moments = Moments(3)
     for part in np.split(values, [1, 2, 500, 500, 999]):
       moments.update(part)
     mean, std = moments.result()
@@ -254,7 +255,7 @@ class MomentsTest(absltest.TestCase):
 
   def test_rounding_does_not_hide_a_constant_column(self):
     values = np.full((1000, 1), 123.456)
-    moments = columns_lib._Moments(1)
+    moments = Moments(1)
     for part in np.split(values, [1, 3, 501, 999]):
       moments.update(part)
     self.assertGreater(moments.squares[0], 0)

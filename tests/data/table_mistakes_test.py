@@ -176,30 +176,6 @@ class MistakesTest(TableTestCase):
     ("text", _features(title={"kind": "text"}), "'text' is not supported"),
     ("image", _features(title={"kind": "image"}), "'image' is not supp"),
     (
-      "event_time",
-      _features(
-        history={
-          "kind": "sequence",
-          "vocabulary": "item",
-          "max_len": 3,
-          "time": "t",
-        }
-      ),
-      "'time' is not supported yet",
-    ),
-    (
-      "side",
-      _features(
-        history={
-          "kind": "sequence",
-          "vocabulary": "item",
-          "max_len": 3,
-          "side": {"author": "user"},
-        }
-      ),
-      "'side' is not supported yet",
-    ),
-    (
       "chain",
       _features(item={"kind": "sparse", "vocabulary": "user"}),
       "'item' has no vocabulary of its own; name 'user'",

@@ -12,6 +12,7 @@ GROUPS = (
   (
     "recjax.errors",
     "recjax.schema",
+    "recjax.trial",
     "recjax.config",
     "recjax.batch",
     "recjax.host_memory",

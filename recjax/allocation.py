@@ -268,7 +268,7 @@ class _Search:
 def _plan(search: _Search, limits, response) -> Allocation:
   choice, price, base, gain, spent = search(limits)
   choice = allocation_repair.spend_rest(
-    search.response, search.cost, choice, limits
+    search.response, search.cost, choice, limits, price
   )
   rows = np.arange(search.num_users)
   value = float(response[rows, choice].sum(dtype=np.float64))

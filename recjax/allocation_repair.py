@@ -2,13 +2,19 @@
 
 The plan of a price leaves less than the next step costs. Some other steps fit:
 they are taken in the order of their response per cost, until none fits. That is
-greedy and cannot be far off, since the rest is a single step's cost.
+greedy and cannot be far off, since the rest is a single step's cost. Where
+users are few, so that a step is worth a share of the whole, pairs of steps are
+tried too: one user's step back pays for another's.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+
+# Above, the rest is worth too little of the whole for pairs of steps.
+_MAX_PAIR_USERS = 5_000
+_PAIR_STEPS = 256
 
 
 class Limits(NamedTuple):
@@ -34,6 +40,7 @@ def spend_rest(
   cost: Float[np.ndarray, "treatments users"],
   choice: Int[np.ndarray, " users"],
   limits: Limits,
+  price: Float[np.ndarray, " prices"],
 ) -> Int[np.ndarray, " users"]:
   """A plan within the limits, with no less response than the given one.
 
@@ -42,6 +49,8 @@ def spend_rest(
     cost: At least 0, and 0 for treatment 0.
     choice: A plan that keeps the limits but for rounding.
     limits: What to keep; sums are those of NumPy in the users' order.
+    price: Of a unit of cost in response, one for all or one a segment: steps
+      worth about as much as they cost at it are tried in pairs.
 
   Returns:
     A plan to which no single step to more response can be added, found from
@@ -54,6 +63,11 @@ def spend_rest(
   plan.fill()
   other.take_largest()
   other.fill()
+  if len(choice) <= _MAX_PAIR_USERS:
+    if limits.segment is not None:
+      price = price[limits.segment]
+    plan.exchange(price)
+    other.exchange(price)
   return max(plan, other, key=lambda each: each.gain()).choice
 
 
@@ -114,6 +128,31 @@ class _Plan:
       )
       # What does not fit now will not fit later: the room only shrinks.
       users = np.setdiff1d(users[found], refused, assume_unique=True)
+
+  def exchange(self, price) -> None:
+    """Takes pairs of steps that together fit and bring something."""
+    while True:
+      gain = self._response - self._gain
+      extra = self._cost - self._spent
+      worth = gain - price * extra
+      worth[self.choice, self._rows] = -np.inf
+      step = np.argsort(-worth, axis=None, kind="stable")[:_PAIR_STEPS]
+      step = step[np.isfinite(worth.flat[step])]
+      target, user = np.unravel_index(step, worth.shape)
+      gain, extra = gain.flat[step], extra.flat[step]
+      both = gain[:, None] + gain[None]
+      cost = extra[:, None] + extra[None]
+      fits = (both > 0) & (cost <= self._room()) & (user[:, None] != user[None])
+      fits &= both >= self._limits.floor * cost
+      both = np.where(fits, both, 0.0)
+      before, least = self.choice.copy(), self.gain()
+      if both.any():
+        pair = list(np.unravel_index(both.argmax(), both.shape))
+        self._set(user[pair], target[pair])
+      if not self._is_within() or self.gain() <= least:
+        self._set(self._rows, before)
+        return
+      self.fill()
 
   def _take(self, users, target, gain, extra):
     """Takes steps in the given order, without those that no longer fit.
@@ -200,21 +239,22 @@ class _Plan:
     return fits
 
   def _is_within(self) -> bool:
-    return (
-      self._room() >= 0
-      and (self._limits.segment is None or (self._segment_room() >= 0).all())
-      and (not self._limits.min_roi or self._surplus() >= 0)
-    )
+    within = self._room() >= 0
+    if self._limits.segment is not None:
+      within &= bool((self._segment_room() >= 0).all())
+    if self._limits.min_roi:
+      within &= self._surplus() >= 0
+    return within
 
   def _room(self) -> float:
-    return self._limits.budget - self._spent.sum()
+    return float(self._limits.budget - self._spent.sum())
 
   def _segment_room(self):
     most = self._limits.segment_budget
     return most - np.bincount(self._limits.segment, self._spent, len(most))
 
   def _surplus(self) -> float:
-    return self._gain.sum() - self._limits.min_roi * self._spent.sum()
+    return self.gain() - self._limits.min_roi * float(self._spent.sum())
 
   def _set(self, users, target) -> None:
     self.choice[users] = target

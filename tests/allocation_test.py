@@ -9,7 +9,7 @@ import scipy.optimize
 import scipy.sparse
 from absl.testing import absltest, parameterized
 
-from recjax import allocation
+from recjax import allocation, allocation_repair
 from recjax.allocation import allocate
 from recjax.errors import UserError
 
@@ -56,6 +56,7 @@ def best_plan(response, cost, budget, integral, extra=()):
 class AllocateTest(parameterized.TestCase):
   def check(self, plan, response, cost, budget):
     rows = np.arange(len(response))
+    self.assertEqual(plan.choice.shape, rows.shape)
     self.assertEqual(plan.spend, cost[rows, plan.choice].sum())
     self.assertLessEqual(plan.spend, budget)
     np.testing.assert_allclose(
@@ -96,8 +97,9 @@ class AllocateTest(parameterized.TestCase):
       plan = allocate(response, cost, budget)
       self.check(plan, response, cost, budget)
       exact = best_plan(response, cost, budget, integral=True)
-      self.assertLessEqual(plan.value, exact + 1e-9)
       self.assertGreaterEqual(plan.upper_bound, exact - 1e-9)
+      # More than is promised: a greedy plan need not be the best.
+      np.testing.assert_allclose(plan.value, exact, atol=1e-9)
 
   def test_equal_users_share_the_budget(self):
     response = np.tile([0.0, 1.0], (1000, 1))
@@ -157,6 +159,106 @@ class AllocateTest(parameterized.TestCase):
       sharded = allocate(response, cost, budget, mesh=mesh)
       np.testing.assert_array_equal(sharded.choice, plan.choice)
       np.testing.assert_allclose(sharded.upper_bound, plan.upper_bound)
+
+
+class OptionsTest(parameterized.TestCase):
+  @parameterized.parameters(1, 2, 3)
+  def test_least_return_of_the_whole_plan(self, seed):
+    response, cost = make_tables("growing", 200, 4, seed)
+    gain = response - response[:, :1]
+    for min_roi in (0.5, 1.5, 3.0):
+      for budget in (5.0, 1e9):
+        plan = allocate(response, cost, budget, min_roi=min_roi)
+        gained = gain[range(200), plan.choice].sum()
+        self.assertLessEqual(plan.spend, budget)
+        self.assertGreaterEqual(gained, min_roi * plan.spend - 1e-9)
+        expected = best_plan(
+          response, cost, budget, False, [(gain - min_roi * cost, 0, np.inf)]
+        )
+        np.testing.assert_allclose(plan.upper_bound, expected, rtol=1e-9)
+        self.assertGreater(plan.value, expected - np.ptp(response, 1).max())
+
+  def test_nothing_is_spent_below_its_value(self):
+    response, cost = make_tables("growing", 200, 4)
+    for unit_value in (0.2, 1.0, 5.0):
+      for budget in (20.0, 1e9):
+        plan = allocate(response, cost, budget, unit_value=unit_value)
+        net = plan.value - plan.spend / unit_value
+        expected = best_plan(response - cost / unit_value, cost, budget, False)
+        bound = plan.upper_bound - plan.spend / unit_value
+        np.testing.assert_allclose(bound, expected, rtol=1e-9)
+        self.assertGreater(net, expected - np.ptp(response, 1).max())
+    chosen = np.arange(200), plan.choice
+    gain = (response - response[:, :1])[chosen]
+    self.assertTrue((5.0 * gain >= cost[chosen] - 1e-12).all())
+
+  @parameterized.parameters(None, 6.0, 30.0)
+  def test_each_segment_keeps_its_budget_within_the_whole(self, budget):
+    response, cost = make_tables("random", 300, 5)
+    segment = np.random.default_rng(1).integers(0, 3, 300)
+    own = np.array([0.0, 4.0, np.inf if budget else 50.0])
+    plan = allocate(response, cost, budget, segment=segment, segment_budget=own)
+    used = np.bincount(segment, cost[range(300), plan.choice], 3)
+    self.assertTrue((used <= own).all())
+    self.assertLessEqual(plan.spend, budget or 54.0)
+    rows = [(cost * (segment == i)[:, None], -np.inf, own[i]) for i in range(3)]
+    expected = best_plan(response, cost, budget or np.inf, False, rows)
+    np.testing.assert_allclose(plan.upper_bound, expected, rtol=1e-9)
+    self.assertGreater(plan.value, expected - 4 * np.ptp(response, 1).max())
+    self.assertEqual(plan.multiplier.shape, (3,))
+
+  def test_all_limits_at_once_keep_the_bound(self):
+    response, cost = make_tables("growing", 150, 4)
+    gain = response - response[:, :1]
+    segment = np.arange(150) % 2
+    plan = allocate(
+      response,
+      cost,
+      np.array([10.0, 60.0]),
+      segment=segment,
+      segment_budget=np.array([5.0, 100.0]),
+      min_roi=1.3,
+      unit_value=1.25,
+    )
+    for i, budget in enumerate((10.0, 60.0)):
+      rows = [
+        (gain - 1.3 * cost, 0, np.inf),
+        (cost * (segment == 0)[:, None], -np.inf, 5.0),
+      ]
+      expected = best_plan(response - cost / 1.25, cost, budget, False, rows)
+      net = plan.value[i] - plan.spend[i] / 1.25
+      bound = plan.upper_bound[i] - plan.spend[i] / 1.25
+      self.assertGreaterEqual(bound, expected - 1e-9)
+      self.assertGreater(net, expected - 3 * np.ptp(response, 1).max())
+
+  def test_nobody_gets_what_is_not_allowed(self):
+    response, cost = make_tables("random", 200, 4)
+    allowed = np.random.default_rng(2).random(response.shape) < 0.5
+    allowed[:, 0] = True
+    plan = allocate(response, cost, 15.0, allowed=allowed)
+    self.assertTrue(allowed[range(200), plan.choice].all())
+    forbidden = np.where(allowed, response, -1e3)
+    expected = best_plan(forbidden, cost, 15.0, False)
+    np.testing.assert_allclose(plan.upper_bound, expected, rtol=1e-9)
+
+  def test_segments_on_a_mesh(self):
+    mesh = jax.make_mesh((8,), ("data",))
+    response, cost = make_tables("random", 299, 4)
+    limits = dict(
+      segment=np.arange(299) % 3, segment_budget=np.array([1.0, 5.0, 80.0])
+    )
+    plan = allocate(response, cost, 30.0, **limits)
+    sharded = allocate(response, cost, 30.0, mesh=mesh, **limits)
+    np.testing.assert_array_equal(sharded.choice, plan.choice)
+
+  def test_a_plan_just_above_its_budget_is_cut(self):
+    response = np.array([[0.0, 0.0, 0.0], [1.0, 3.0, 2.0]])
+    cost = np.array([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    limits = allocation_repair.Limits(budget=np.nextafter(3.0, 0.0))
+    choice = allocation_repair.spend_rest(
+      response, cost, np.ones(3, np.int32), limits, np.zeros(1)
+    )
+    self.assertEqual(choice.tolist(), [0, 1, 1])
 
 
 class FindMultiplierTest(parameterized.TestCase):

@@ -41,7 +41,7 @@ from jaxtyping import Array
 import recjax.baselines
 import recjax.models
 from recjax import config as config_lib
-from recjax.batch import Batch
+from recjax.batch import Batch, TrialRows
 from recjax.errors import UserError
 from recjax.schema import Schema, suggest
 from recjax.sparse import in_model
@@ -329,7 +329,19 @@ def empty_batch(schema: Schema, tasks: tuple[str, ...], size: int = 1) -> Batch:
     event_age={
       f.name: jnp.zeros((size, f.max_len)) for f in schema.sequences if f.time
     },
+    trial=None if schema.trial is None else _empty_trial(size),
     real_labels=frozenset(
       label.name for label in schema.labels if label.kind == "real"
     ),
+  )
+
+
+def _empty_trial(size: int) -> TrialRows:
+  numbers, counts = jnp.zeros((size,)), jnp.zeros((size,), jnp.int32)
+  return TrialRows(
+    treatment=counts,
+    response=numbers,
+    cost=numbers,
+    propensity=numbers,
+    cluster=counts,
   )

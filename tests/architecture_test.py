@@ -12,6 +12,7 @@ GROUPS = (
   (
     "recjax.errors",
     "recjax.schema",
+    "recjax.trial",
     "recjax.config",
     "recjax.batch",
     "recjax.host_memory",
@@ -22,6 +23,7 @@ GROUPS = (
     "recjax.layers",
     "recjax.losses",
     "recjax.allocation",
+    "recjax.allocation_repair",
   ),
   ("recjax.models", "recjax.baselines"),
   (

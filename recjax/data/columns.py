@@ -7,7 +7,7 @@ has rows, so everything that belongs to one row lies in one place:
 manifest.json    format, schema, row counts, mean and std of dense columns
 train.rows       [num_rows, words] of little-endian 32-bit words; also
 valid.rows       a row: list starts (64 bit), list lengths, ids, groups,
-test.rows        dense, labels (NaN = missing), vectors, time (64 bit)
+test.rows        dense, labels (NaN = missing), vectors, time (64 bit), trial
 values_0.i32     entries of the first list feature, then max_len zeros; also
 values_1.i32     a row's list is a slice, and slices may overlap
 ```
@@ -177,6 +177,10 @@ class ColumnWriter:
       )
     if layout.has_time and not np.isfinite(block.time).all():
       raise ValueError("block time: values must be finite")
+    if (block.trial is None) == layout.has_trial:
+      raise ValueError(
+        "block trial: must be there if, and only if, the schema has a trial"
+      )
 
   def _track(self, block: Block, num_rows: int):
     if not num_rows:
@@ -347,6 +351,7 @@ class Columns:
       groups={g: groups[GROUPS.index(g)] for g in self._groups},
       example_mask=np.ones(size, bool),
       event_age=event_age,
+      trial=layout.unpack_trial(rows) if layout.has_trial else None,
       real_labels=self._real_labels,
     )
 

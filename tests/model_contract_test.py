@@ -50,6 +50,9 @@ TINY = {
     "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
   },
 }
+TINY["mdl"] = RANKMIXER | {"num_layers": 2, "num_heads": 2, "domain_dim": 4}
+for _name in ("shared_bottom", "mmoe", "ple", "star", "hmoe", "pepnet"):
+  TINY[_name] = RANKMIXER | {"head_dim": 6}
 # Other forms of a method: name -> (method, overrides on top of its TINY).
 VARIANTS = {
   "rankmixer_gated": ("rankmixer", {"ffn": "gated", "moe": {"gate_dim": 3}}),
@@ -57,6 +60,16 @@ VARIANTS = {
   "rankmixer_relu_moe": ("rankmixer", {"ffn": "relu_moe"}),
   "msn_smoe": ("msn", {"ffn": "smoe"}),
   "msn_relu_moe": ("msn", {"ffn": "relu_moe"}),
+  "mdl_msn": (
+    "mdl",
+    {
+      "body": "msn",
+      "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
+      "balance": {"kind": "uncertainty"},
+      "scenario_priors": [{"token": "1", "features": ["age", "tags"]}],
+      "task_priors": [{"token": "all", "features": ["history", "content"]}],
+    },
+  ),
   "dlrm_mlp_memory": (
     "dlrm_mlp",
     {

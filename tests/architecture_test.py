@@ -40,6 +40,7 @@ GROUPS = (
     "recjax.monitor",
     "recjax.restore",
     "recjax.run_files",
+    "recjax.task_gradients",
     "recjax.train",
   ),
   (

@@ -401,7 +401,7 @@ class DomainBlock(nn.Module):
     )
 
   def _copies(self, features):
-    """One copy a task where its gradients are asked for; see `Method`."""
+    """One copy a task where `task_gradients` asks for them."""
     asked = self.is_mutable_collection("perturbations") or (
       "perturbations" in self.scope.root.variables()
     )

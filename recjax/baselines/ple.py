@@ -112,7 +112,8 @@ class Level(nn.Module):
     shared: Float[Array, "batch dim"],
     *,
     train: bool,
-  ) -> tuple[Float[Array, "tasks batch out"], Float[Array, "batch out"]]:
+  ) -> tuple[Float[Array, "tasks batch out"], Float[Array, "batch out"] | None]:
+    """The tasks' mixtures and, below the top, the shared one."""
     config = self.config
     dtype, dim = jnp.dtype(config.dtype), config.expert_dim
     num_own, num_shared = config.num_task_experts, config.num_shared_experts
@@ -128,7 +129,7 @@ class Level(nn.Module):
     mixed = jnp.einsum("tbe,tbed->tbd", gates[..., :num_own], own)
     mixed += jnp.einsum("tbe,bed->tbd", gates[..., num_own:], common)
     if self.top:
-      return mixed, shared
+      return mixed, None
     every = own.transpose(1, 0, 2, 3).reshape(len(shared), -1, dim)
     every = jnp.concatenate([every, common], axis=1)
     gates = nn.Dense(every.shape[1], dtype=dtype, name="shared_gate")(shared)

@@ -70,7 +70,7 @@ class TaskBalanceTest(parameterized.TestCase):
       return jnp.sum(copies * g) + jnp.vdot(probe, rates)
 
     actual = jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.zeros((5, 4)), weights)
-    norms = np.array([np.linalg.norm(np.asarray(v)) for v in g])
+    norms = np.array([np.linalg.norm(np.asarray(v, np.float64)) for v in g])
     target = (np.asarray(weights) * norms).mean() * np.asarray(rates) ** alpha
     np.testing.assert_allclose(
       actual[0], np.einsum("t,tbd->bd", weights, g), rtol=1e-5, atol=1e-5

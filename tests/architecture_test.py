@@ -44,6 +44,7 @@ GROUPS = (
     "recjax.train",
   ),
   (
+    "recjax.cells",
     "recjax.figures",
     "recjax.comparison",
     "recjax.control",

@@ -20,6 +20,8 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
 * Optional methods of `Model`, `encode_user(batch, rows) -> encoded` and
   `decode(encoded, batch, rows, *, train)`, which `__call__` does one after the
   other: what does not depend on the candidate, and the rest; see `serve`.
+* Optional `PER_SCENARIO`, a tuple of regular expressions on parameter paths:
+  weights with a leading axis of scenarios, of which an example uses one.
 * Optional `fold(params, config) -> (params, config)`: what is served in their
   place, with the same predictions.
 """
@@ -192,6 +194,7 @@ class Method:
     train: bool,
     rng: Array | None = None,
     taps: Mapping[str, Array] | None = None,
+    perturbations: Any = None,
   ) -> tuple[dict[str, Array], dict[str, Any], dict[str, Any]]:
     """Runs the model.
 
@@ -203,6 +206,8 @@ class Method:
       train: Whether dropout and the like are on.
       rng: Randomness of a training step.
       taps: Zeros at the in-model reads, to take gradients at.
+      perturbations: Zeros at what tasks share, likewise; see
+        `recjax.task_gradients`.
 
     Returns:
       Predictions, aux, and the in-model reads {table: {"ids", "weights"}}.
@@ -213,6 +218,8 @@ class Method:
     }
     if taps:
       variables[in_model.TAPS] = in_model.collection(taps)
+    if perturbations is not None:
+      variables["perturbations"] = perturbations
     (predictions, aux), mutated = self.model.apply(
       variables,
       batch,
@@ -223,6 +230,26 @@ class Method:
     )
     reads = in_model.flatten_reads(mutated.get(in_model.READS, {}))
     return predictions, aux, reads
+
+  def perturbation_shapes(
+    self, params: Any, table_values: Mapping[str, Array], batch: Batch
+  ) -> Any:
+    """Shapes of what the tasks share, a copy a task; empty if nothing is."""
+
+    def run(params, table_values, batch):
+      variables = {
+        "params": params,
+        in_model.TABLES: self._in_model(table_values),
+      }
+      return self.model.apply(
+        variables,
+        batch,
+        self._split(self.read(table_values, batch), batch),
+        train=False,
+        mutable=["perturbations", in_model.READS],
+      )[1].get("perturbations", {})
+
+    return jax.eval_shape(run, params, table_values, batch)
 
   def zero_taps(
     self, params: Any, table_values: Mapping[str, Array], batch: Batch

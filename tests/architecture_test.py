@@ -42,9 +42,11 @@ GROUPS = (
     "recjax.monitor",
     "recjax.restore",
     "recjax.run_files",
+    "recjax.task_gradients",
     "recjax.train",
   ),
   (
+    "recjax.cells",
     "recjax.figures",
     "recjax.comparison",
     "recjax.control",

@@ -109,6 +109,10 @@ class Config:
     prior_strength: Observations that the prior of a single key's rate weighs.
     pair_strength: The same for a pair of keys.
     max_count: Counts of evidence are capped here.
+    min_tab_rows: Tabs with fewer rows in the training part are read as unknown
+      (row 0 of the vocabulary), so that scenarios are few and large. Of the
+      bundled slice's 15 tabs 6 have more than 1,000 rows, and at least 600 in
+      the training part.
     max_rows_in_memory: Log rows held in memory at a time, at least 1. The
       tables of users and videos are held whole.
     sequences: Histories, of `watch`, `like` and `long_watch`, whose events have
@@ -121,6 +125,7 @@ class Config:
   prior_strength: float = 20.0
   pair_strength: float = 5.0
   max_count: int = 50
+  min_tab_rows: int = 1
   max_rows_in_memory: int = 1 << 22
   sequences: tuple[str, ...] = ()
 
@@ -129,7 +134,7 @@ class Config:
       raise UserError(
         f"data.variant: unknown variant {self.variant!r}; known: pure, 1k, 27k"
       )
-    for name in ("max_len", "max_count", "max_rows_in_memory"):
+    for name in ("max_len", "max_count", "min_tab_rows", "max_rows_in_memory"):
       if getattr(self, name) < 1:
         raise UserError(
           f"data.{name} must be at least 1, got {getattr(self, name)}"
@@ -181,7 +186,7 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
     data = kuairand_features.Data(found, scratch, config.max_rows_in_memory)
     schema = _schema(config)
     writer = ColumnWriter(directory, schema)
-    vocabularies = _Vocabularies(data)
+    vocabularies = _Vocabularies(data, config.min_tab_rows)
     sums = kuairand_features.sum_evidence(data)
     slices = _write_histories(data, vocabularies, writer, config.sequences)
     tags = _write_tags(data, vocabularies, writer)
@@ -257,11 +262,11 @@ def _schema(config: Config) -> Schema:
 class _Vocabularies:
   """Rows of the embedding tables: 0, then the training part's values."""
 
-  def __init__(self, data: kuairand_features.Data):
+  def __init__(self, data: kuairand_features.Data, min_tab_rows: int):
     self._data = data
     users = np.zeros(data.num_users, bool)
     videos = np.zeros(data.num_videos, bool)
-    seen = {name: np.zeros(1 << 15, bool) for name in _ROW_FEATURES}
+    seen = {name: np.zeros(1 << 15, np.int64) for name in _ROW_FEATURES}
     for rows in data.blocks():
       rows = rows[
         (data.events["part"][rows] == 0) & ~data.events["stored"][rows]
@@ -269,13 +274,18 @@ class _Vocabularies:
       users[data.events["user"][rows]] = True
       videos[data.events["video"][rows]] = True
       for name, codes in data.row_codes(rows).items():
-        seen[name][codes] = True
+        seen[name] += np.bincount(codes, minlength=1 << 15)
     in_history = videos.copy()
     for stored in data.histories.values():
       in_history[stored.video] = True
     self.sizes, self.values = {}, {}
     self._row = {
-      n: self._number(n, np.arange(1 << 15), s) for n, s in seen.items()
+      name: self._number(
+        name,
+        np.arange(1 << 15),
+        count >= (min_tab_rows if name == "tab" else 1),
+      )
+      for name, count in seen.items()
     }
     self._user = {"user_id": self._number("user_id", data.user_ids, users)}
     author = _column(data.videos, "author_id")

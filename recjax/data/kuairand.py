@@ -50,7 +50,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from etils import epath
 
-from recjax.data import causal, kuairand_features, kuairand_source
+from recjax.data import (
+  causal,
+  kuairand_features,
+  kuairand_feedback,
+  kuairand_source,
+)
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.vocabulary import save_values
 from recjax.errors import UserError
@@ -90,6 +95,11 @@ class Config:
     max_count: Counts of evidence are capped here.
     max_rows_in_memory: Log rows held in memory at a time, at least 1. The
       tables of users and videos are held whole.
+    feedback: `pinnacle` or `recent` adds who gave each video its feedback;
+      see `recjax.data.kuairand_feedback`. Empty for none.
+    feedback_len: Users kept of each list.
+    protocol: `causal`, or `released` for the published evaluation of PROMO,
+      which shows a positive row to itself.
   """
 
   root: str = ""
@@ -99,8 +109,12 @@ class Config:
   pair_strength: float = 5.0
   max_count: int = 50
   max_rows_in_memory: int = 1 << 22
+  feedback: str = ""
+  feedback_len: int = 10
+  protocol: str = "causal"
 
   def __post_init__(self):
+    kuairand_feedback.check(self)
     if self.variant not in ("", "pure", "1k", "27k"):
       raise UserError(
         f"data.variant: unknown variant {self.variant!r}; known: pure, 1k, 27k"
@@ -151,6 +165,9 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
     sums = kuairand_features.sum_evidence(data)
     slices = _write_histories(data, vocabularies, writer)
     tags = _write_tags(data, vocabularies, writer)
+    feedback = kuairand_feedback.write(data, vocabularies, writer, config)
+    slices |= feedback.lists
+    vocabularies.add(feedback.values)
     for rows in data.blocks(1 << 16):
       rows = rows[~data.events["stored"][rows]]
       dense = kuairand_features.dense_features(
@@ -159,7 +176,7 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
       dense = np.stack([dense[f.name] for f in schema.dense_features], axis=1)
       block = Block(
         dense=dense.astype(np.float32),
-        ids=vocabularies.ids(rows),
+        ids=vocabularies.ids(rows) | feedback.ids(rows),
         lists=_lists(slices, tags, data.events["video"][rows], rows),
         vectors={},
         labels=_labels(data.events, rows),
@@ -187,6 +204,7 @@ def _schema(config: Config) -> Schema:
       Feature("tag", "sparse", multi=True),
       *(history(f"{k}_history", "video_id") for k in kuairand_source.KINDS),
       history("author_history", "author_id"),
+      *kuairand_feedback.features(config),
       *(Feature(name, "dense") for name in kuairand_features.dense_names()),
     ),
     labels=(
@@ -271,6 +289,15 @@ class _Vocabularies:
       | {name: table[video] for name, table in self._video.items()}
       | {name: table[codes[name]] for name, table in self._row.items()}
     )
+
+  def add(self, values: dict[str, pa.Array]):
+    """Takes in vocabularies that were numbered elsewhere."""
+    self.values |= values
+    self.sizes |= {name: len(held) + 1 for name, held in values.items()}
+
+  def user_rows(self, user) -> np.ndarray:
+    """Rows of users."""
+    return self._user["user_id"][user]
 
   def history_rows(self, video) -> dict[str, np.ndarray]:
     """Rows of watched videos and of their authors."""

@@ -12,6 +12,7 @@ GROUPS = (
   (
     "recjax.errors",
     "recjax.schema",
+    "recjax.stage",
     "recjax.config",
     "recjax.batch",
     "recjax.host_memory",

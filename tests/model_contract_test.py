@@ -21,6 +21,24 @@ from tests import toy
 TASKS = ("click", "like", "play_time")
 # Overrides that make a method tiny; a method that is not named takes none.
 RANKMIXER = {"embed_dim": 4, "num_tokens": 2, "token_dim": 8, "num_layers": 1}
+# Any lists will do here; tests/models/promo_test.py has some of users.
+TOWERS = {
+  "user_features": ["tab", "age"],
+  "item_features": ["tags", "price", "content"],
+  "history": "history",
+  "num_blocks": 1,
+  "num_heads": 2,
+}
+PROMO = {
+  "embed_dim": 4,
+  "hidden_dim": 3,
+  "towers": TOWERS,
+  "positive_list": "tags",
+  "negative_list": "tags",
+  "popularity": "tab",
+  "popular_from": 2,
+  "dropout_rate": 0.0,
+}
 TINY = {
   "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
   "dcnv2": {
@@ -43,6 +61,7 @@ TINY = {
     "dense_mlp_dims": [5],
     "mlp_dims": [8],
   },
+  "promo": PROMO,
   "rankmixer": RANKMIXER,
   "msn": RANKMIXER
   | {
@@ -52,6 +71,20 @@ TINY = {
 }
 # Other forms of a method: name -> (method, overrides on top of its TINY).
 VARIANTS = {
+  "promo_shared": (
+    "promo",
+    {
+      "network": "shared",
+      "use_relu": True,
+      "pooling": "mean",
+      "normalization": "mean",
+      "prompt_tables": "backbone",
+    },
+  ),
+  "promo_inputs": (
+    "promo",
+    {"network": "none", "prompt_from": "id_features", "fusion": "xavier"},
+  ),
   "rankmixer_gated": ("rankmixer", {"ffn": "gated", "moe": {"gate_dim": 3}}),
   "rankmixer_smoe": ("rankmixer", {"ffn": "smoe"}),
   "rankmixer_relu_moe": ("rankmixer", {"ffn": "relu_moe"}),
@@ -92,8 +125,9 @@ class Case:
     return self.init(jax.random.key(0))
 
   def step_config(self, stage=None):
+    # All of the model at once; what stages freeze is for their own tests.
     return train_state.StepConfig(
-      self.method, stage or self.method.stages[0], OPTIMIZER, num_steps=30
+      self.method, stage or method_lib.Stage(), OPTIMIZER, num_steps=30
     )
 
   def predict_eagerly(self, state, batch):

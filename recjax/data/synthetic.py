@@ -12,8 +12,9 @@ python -m experiments.run --config=experiments/configs/msn.py:base \\
     --config.data.claim=memory_rules --config.data.control=True
 ```
 
-`memory_rules` is MSN's: thousands of rules to remember. What a claim plants
-stands in its file under `recjax/data/claims/`.
+`memory_rules` is MSN's: thousands of rules to remember. `early_adopters` is
+PROMO's: users who tell the type of a new item. What a claim plants stands in
+its file under `recjax/data/claims/`.
 
 The rows are in the order of their time; the last tenth is the test part, the
 tenth before it validation. Beside the rows lies `best_scores.json`, what
@@ -29,7 +30,7 @@ import pyarrow as pa
 from etils import epath
 from jaxtyping import Float
 
-from recjax.data.claims import memory_rules
+from recjax.data.claims import early_adopters, memory_rules
 from recjax.data.claims.common import SHARE, Claim
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.vocabulary import save_values
@@ -40,7 +41,10 @@ VERSION = 1
 
 _BLOCK_ROWS = 1 << 16
 
-CLAIMS = {"memory_rules": memory_rules.make}
+CLAIMS = {
+  "early_adopters": early_adopters.make,
+  "memory_rules": memory_rules.make,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Config:
   """Options of the planted data.
 
   Attributes:
-    claim: What is planted: `memory_rules`.
+    claim: What is planted: `early_adopters` or `memory_rules`.
     control: True leaves the planted structure out.
     seed: Of the data; the seed of a run is another.
     num_rows: Rows of all parts together, at least 10.

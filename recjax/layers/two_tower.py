@@ -18,6 +18,7 @@ choice: the source has one task).
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -25,12 +26,14 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
+from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers.dropout import Dropout
 from recjax.layers.features import masked_mean
 from recjax.schema import Feature, Schema, suggest
 from recjax.sparse.table import Table, embedding_table
+from recjax.stage import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,58 @@ class Towers:
   item: Float[Array, "batch dim"]
   sequence_scores: dict[str, Float[Array, " batch"]]
   scores: dict[str, Float[Array, " batch"]]
+
+
+class TowersModel(nn.Module):
+  """The Linen module of a method on this backbone.
+
+  A method adds `decode(encoded, batch, rows, *, train)`.
+
+  Attributes:
+    config: The method's, with `tasks`, `embed_dim`, `towers`, `dropout_rate`
+      and `dtype`.
+    schema: What the batch holds.
+  """
+
+  config: Any
+  schema: Schema
+
+  def setup(self):
+    config = self.config
+    dtype = jnp.dtype(config.dtype)
+    self.sequence_encoder = SequenceEncoder(
+      config.towers.num_blocks,
+      config.towers.num_heads,
+      config.dropout_rate,
+      dtype,
+    )
+    self.backbone = TwoTowers(
+      config.towers, self.schema, config.tasks, config.embed_dim, dtype
+    )
+
+  def __call__(
+    self, batch: Batch, rows: dict[str, dict[str, Array]], *, train: bool
+  ) -> tuple[dict[str, Float[Array, " batch"]], dict[str, Any]]:
+    encoded = self.encode_user(batch, rows, train=train)
+    return self.decode(encoded, batch, rows, train=train)
+
+  @property
+  def encoded_features(self) -> tuple[str, ...]:
+    """What `encode_user` reads; the other lists are the candidate's."""
+    return (self.config.towers.history,)
+
+  def encode_user(
+    self,
+    batch: Batch,
+    rows: dict[str, dict[str, Array]],
+    *,
+    train: bool = False,
+  ) -> Float[Array, "batch dim"]:
+    """The history's vector."""
+    name = self.config.towers.history
+    return self.sequence_encoder(
+      rows["sequence"][name], batch.id_mask[name], train=train
+    )
 
 
 class TwoTowers(nn.Module):
@@ -198,6 +253,39 @@ class SequenceEncoder(nn.Module):
     return masked_mean(norm("last_norm")(x), mask)
 
 
+def sequence_loss(predictions, aux, batch, config) -> losses.Terms:
+  """The first task's loss of the history's score alone."""
+  del predictions
+  task = config.tasks[0]
+  return losses.task_losses({task: aux["sequence"][task]}, batch)
+
+
+def towers_loss(predictions, aux, batch, config) -> losses.Terms:
+  """The tasks' losses of the backbone."""
+  del predictions, config
+  return losses.task_losses(aux["towers"], batch)
+
+
+# How the backbone is trained; what a method tunes then begins at its best.
+BACKBONE_STAGES = (
+  Stage(
+    "sequence",
+    share=0.3,
+    trainable=("sequence", "sequence_encoder/.*"),
+    loss_fn=sequence_loss,
+    predictions="sequence",
+  ),
+  Stage(
+    "towers",
+    share=0.35,
+    trainable=("embedding", "backbone/.*"),
+    loss_fn=towers_loss,
+    initialize_from="best",
+    predictions="towers",
+  ),
+)
+
+
 def linear(dim: int, dtype, name: str) -> nn.Dense:
   """A layer without a bias, Xavier-normal as all of the released model."""
   return nn.Dense(
@@ -258,6 +346,31 @@ def check_towers(config: TowersConfig, schema: Schema, embed_dim: int) -> None:
     raise UserError(
       f"model.towers.num_heads ({config.num_heads}) must divide "
       f"model.embed_dim ({embed_dim})"
+    )
+
+
+def check_cold(config: Any, schema: Schema) -> None:
+  """Raises a `UserError` where cold items cannot be told or described.
+
+  Args:
+    config: Of a method, with `towers`, `popularity` and `cold_below`.
+    schema: What the batch holds.
+  """
+  check_popularity(schema, config.popularity)
+  if not config.towers.item_features:
+    raise UserError(
+      "model.towers.item_features is empty: without its id a cold item needs "
+      "features; name some"
+    )
+
+
+def check_popularity(schema: Schema, name: str) -> None:
+  """Raises a `UserError` unless `name` is a single-valued sparse feature."""
+  feature = schema.feature(name)
+  if feature.kind != "sparse" or feature.multi:
+    raise UserError(
+      f"model.popularity: {name!r} is no sparse feature; name one whose ids "
+      "rise with the item's popularity"
     )
 
 

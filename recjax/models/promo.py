@@ -52,12 +52,7 @@ from recjax.errors import UserError
 from recjax.layers import prompt as prompt_lib
 from recjax.layers import two_tower
 from recjax.layers.prompt import PromptNetwork
-from recjax.layers.two_tower import (
-  SequenceEncoder,
-  TowersConfig,
-  TwoTowers,
-  dot,
-)
+from recjax.layers.two_tower import TowersConfig, TowersModel, dot
 from recjax.schema import Schema, suggest
 from recjax.sparse.table import Table
 from recjax.stage import Stage
@@ -132,20 +127,13 @@ class Config:
         )
 
 
-class Model(nn.Module):
+class Model(TowersModel):
   """Two towers, and the item's vector extended by its prompts."""
 
-  config: Config
-  schema: Schema
-
   def setup(self):
+    super().setup()
     config = self.config
     dim, dtype = config.embed_dim, jnp.dtype(config.dtype)
-    towers = config.towers
-    self.sequence_encoder = SequenceEncoder(
-      towers.num_blocks, towers.num_heads, config.dropout_rate, dtype
-    )
-    self.backbone = TwoTowers(towers, self.schema, config.tasks, dim, dtype)
     self.prompt = PromptNetwork(
       dim,
       config.hidden_dim,
@@ -157,30 +145,6 @@ class Model(nn.Module):
     if "features" in config.prompt_from:
       self.content = nn.Dense(dim, dtype=dtype)
     self.fuse = Fusion(dim, config.fusion, dtype)
-
-  def __call__(
-    self, batch: Batch, rows: dict[str, dict[str, Array]], *, train: bool
-  ) -> tuple[dict[str, Float[Array, " batch"]], dict[str, Any]]:
-    encoded = self.encode_user(batch, rows, train=train)
-    return self.decode(encoded, batch, rows, train=train)
-
-  @property
-  def encoded_features(self) -> tuple[str, ...]:
-    """What `encode_user` reads; the other lists are the candidate's."""
-    return (self.config.towers.history,)
-
-  def encode_user(
-    self,
-    batch: Batch,
-    rows: dict[str, dict[str, Array]],
-    *,
-    train: bool = False,
-  ) -> Float[Array, "batch dim"]:
-    """The history's vector."""
-    name = self.config.towers.history
-    return self.sequence_encoder(
-      rows["sequence"][name], batch.id_mask[name], train=train
-    )
 
   def decode(
     self,
@@ -287,11 +251,7 @@ def tables(config: Config, schema: Schema) -> dict[str, Table]:
       f"model.prompt_from {config.prompt_from!r} needs item features; name "
       "them in model.towers.item_features"
     )
-  if schema.feature(config.popularity).kind != "sparse":
-    raise UserError(
-      f"model.popularity: {config.popularity!r} is no sparse feature; name "
-      "one whose ids rise with the item's popularity"
-    )
+  two_tower.check_popularity(schema, config.popularity)
   own = config.prompt_tables == "own"
   found = two_tower.tower_tables(
     config.towers,
@@ -350,35 +310,8 @@ def loss_fn(
   return terms
 
 
-def sequence_loss(predictions, aux, batch, config) -> losses.Terms:
-  """Stage 1: the first task's loss of the history's score alone."""
-  del predictions
-  task = config.tasks[0]
-  return losses.task_losses({task: aux["sequence"][task]}, batch)
-
-
-def towers_loss(predictions, aux, batch, config) -> losses.Terms:
-  """Stage 2: the tasks' losses of the backbone."""
-  del predictions, config
-  return losses.task_losses(aux["towers"], batch)
-
-
 STAGES = (
-  Stage(
-    "sequence",
-    share=0.3,
-    trainable=("sequence", "sequence_encoder/.*"),
-    loss_fn=sequence_loss,
-    predictions="sequence",
-  ),
-  Stage(
-    "towers",
-    share=0.35,
-    trainable=("embedding", "backbone/.*"),
-    loss_fn=towers_loss,
-    initialize_from="best",
-    predictions="towers",
-  ),
+  *two_tower.BACKBONE_STAGES,
   Stage(
     "promo",
     share=0.35,

@@ -29,15 +29,14 @@ TOWERS = {
   "num_blocks": 1,
   "num_heads": 2,
 }
-PROMO = {
-  "embed_dim": 4,
+BACKBONE = {"embed_dim": 4, "towers": TOWERS, "dropout_rate": 0.0}
+COLD = BACKBONE | {"popularity": "tab", "cold_below": 1}
+PROMO = BACKBONE | {
   "hidden_dim": 3,
-  "towers": TOWERS,
   "positive_list": "tags",
   "negative_list": "tags",
   "popularity": "tab",
   "popular_from": 2,
-  "dropout_rate": 0.0,
 }
 TINY = {
   "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
@@ -62,6 +61,12 @@ TINY = {
     "mlp_dims": [8],
   },
   "promo": PROMO,
+  "two_towers": BACKBONE,
+  "dropoutnet": COLD | {"id_dropout_rate": 0.0},
+  "cb2cf": COLD | {"hidden_dim": 3},
+  "metaemb": COLD,
+  "plate": COLD,
+  "ppr": BACKBONE | {"hidden_dim": 3},
   "rankmixer": RANKMIXER,
   "msn": RANKMIXER
   | {

@@ -150,6 +150,7 @@ class TwoTowers(nn.Module):
     batch: Batch,
     rows: dict[str, dict[str, Array]],
     *,
+    user_id: Float[Array, "batch dim"] | None = None,
     item_id: Float[Array, "batch dim"] | None = None,
   ) -> Towers:
     """Runs both towers.
@@ -158,13 +159,14 @@ class TwoTowers(nn.Module):
       sequence: The history's vector of each example, or of one user for all.
       batch: The examples.
       rows: Embedding rows of the tables `sequence` and `embedding`.
-      item_id: Stands for the embedding of the item's id, where a method makes
+      user_id: Stands for the embedding of the user's id, where a method makes
         its own.
+      item_id: Likewise of the item's.
     """
     config, embeddings = self.config, rows["embedding"]
     user_role, item_role = roles(self.schema)
     sequence = jnp.broadcast_to(sequence, (batch.size, self.dim))
-    user = [embeddings[user_role], sequence]
+    user = [embeddings[user_role] if user_id is None else user_id, sequence]
     user += self._features("user", config.user_features, batch, embeddings)
     item = [embeddings[item_role] if item_id is None else item_id]
     item += self._features("item", config.item_features, batch, embeddings)
@@ -217,7 +219,9 @@ class SequenceEncoder(nn.Module):
     mask: Bool[Array, "batch max_len"],
     *,
     train: bool,
+    prefix: Float[Array, "batch num_prefix dim"] | None = None,
   ) -> Float[Array, "batch dim"]:
+    """The mean over events, and over the `prefix` put before them."""
     max_len, dim = events.shape[1:]
 
     def dense(name):
@@ -235,6 +239,9 @@ class SequenceEncoder(nn.Module):
       "positions", nn.initializers.xavier_normal(), (max_len, dim)
     )
     x = events * jnp.sqrt(jnp.float32(dim)) + positions[None]
+    if prefix is not None:
+      x = jnp.concatenate([prefix.astype(x.dtype), x], axis=1)
+      mask = jnp.concatenate([jnp.ones(prefix.shape[:2], bool), mask], axis=1)
     x = jnp.where(mask[..., None], x, 0.0).astype(self.dtype)
     x = Dropout(self.dropout_rate, deterministic=not train)(x)
     for i in range(self.num_blocks):

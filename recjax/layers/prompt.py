@@ -109,6 +109,7 @@ class PromptNetwork(nn.Module):
         self.dim + num_weights,
         dtype=self.dtype,
         kernel_init=nn.initializers.xavier_normal(),
+        bias_init=_uniform(1.0 / math.sqrt(item.shape[-1])),
         name="generator",
       )(item)
       prompt, flat = jnp.split(generated, [self.dim], axis=-1)
@@ -127,6 +128,20 @@ class PromptNetwork(nn.Module):
       negative=None if negatives is None else pool(negatives, negative_mask),
       prompt=prompt,
     )
+
+
+def _uniform(bound: float):
+  """Initialiser in [-bound, bound].
+
+  The released generator's biases begin so, its kernel near zero: all items
+  start with about one network. With biases of zero both layers would be
+  products of small numbers, and hardly learn.
+  """
+
+  def init(rng, shape, dtype=jnp.float32):
+    return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+  return init
 
 
 def weight_count(in_dim: int, hidden: int, out_dim: int) -> int:

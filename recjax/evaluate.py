@@ -44,9 +44,12 @@ class Evaluation:
   cells: dict[str, list[slices.Cell]] = dataclasses.field(default_factory=dict)
 
 
-def forward(state: TrainState, batch: Batch, method: Method) -> dict[str, Any]:
+def forward(
+  state: TrainState, batch: Batch, method: Method, output: str = ""
+) -> dict[str, Any]:
   """Predictions of one batch beside what metrics need; jit it.
 
+  `output` names an entry of `aux` to take for the predictions; see `Stage`.
   Labels and masks come back too, so that under a mesh every process holds
   those of the global batch.
   """
@@ -54,6 +57,7 @@ def forward(state: TrainState, batch: Batch, method: Method) -> dict[str, Any]:
   predictions, aux, _ = method.apply(
     state.eval_params, state.tables, rows, batch, train=False
   )
+  predictions = aux[output] if output else predictions
   tasks = tuple(predictions)
   return {
     "predictions": predictions,

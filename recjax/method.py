@@ -9,7 +9,8 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
 * `tables(config, schema) -> {name: Table}`: the row-sparse tables.
 * `loss_fn(predictions, aux, batch, config) -> {name: (sum, weight)}`: the
   loss is the sum over names of sum / weight.
-* Optional `STAGES`, a tuple of `Stage`: training in several parts.
+* Optional `STAGES`, a tuple of `recjax.stage.Stage`: training in several
+  parts. Where the config decides on them, a function `stages(config)`.
 * Optional `gradient_fn(loss, variables)`: shapes its own gradient; gets
   `loss(variables) -> (value, extras)` and returns what
   `jax.value_and_grad(loss, has_aux=True)(variables)` would.
@@ -20,6 +21,7 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
 * Optional methods of `Model`, `encode_user(batch, rows) -> encoded` and
   `decode(encoded, batch, rows, *, train)`, which `__call__` does one after the
   other: what does not depend on the candidate, and the rest; see `serve`.
+  `encoded_features` names the sequences that the first reads, if not all.
 * Optional `PER_SCENARIO`, a tuple of regular expressions on parameter paths:
   weights with a leading axis of scenarios, of which an example uses one.
 * Optional `fold(params, config) -> (params, config)`: what is served in their
@@ -32,7 +34,7 @@ import importlib
 import importlib.util
 import pkgutil
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -49,37 +51,9 @@ from recjax.schema import Schema, suggest
 from recjax.sparse import in_model
 from recjax.sparse import table as table_lib
 from recjax.sparse.table import Table
+from recjax.stage import Stage
 
 PACKAGES = (recjax.models, recjax.baselines)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """One part of a training.
-
-  Attributes:
-    name: Shown in logs.
-    share: Share of the training steps; the shares of all stages are scaled to
-      sum to 1.
-    trainable: Regular expressions on parameter and table paths such as
-      `heads/click/kernel` or `embedding`; what none matches is frozen.
-    loss_fn: The stage's loss; None means the file's `loss_fn`.
-    initialize_from: `previous`: go on from the previous stage; `scratch`: new
-      parameters and tables.
-  """
-
-  name: str = "train"
-  share: float = 1.0
-  trainable: tuple[str, ...] = (".*",)
-  loss_fn: Callable[..., Any] | None = None
-  initialize_from: str = "previous"
-
-  def __post_init__(self):
-    if self.initialize_from not in ("previous", "scratch"):
-      raise ValueError(
-        "initialize_from must be 'previous' or 'scratch', got "
-        f"{self.initialize_from!r}"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +78,8 @@ class Method:
   @property
   def stages(self) -> tuple[Stage, ...]:
     """The parts of its training; one unless the file says otherwise."""
+    if hasattr(self.module, "stages"):
+      return self.module.stages(self.config)
     return getattr(self.module, "STAGES", (Stage(),))
 
   def init(self, rng: Array) -> tuple[Any, dict[str, Array]]:

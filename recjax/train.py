@@ -150,9 +150,6 @@ class Trainer:
     run_files.claim_workdir(self.workdir, self.config, commit)
     self.history = History()
     self.speed = _Speed()
-    self._predict = self.placement.compile_eval(
-      functools.partial(evaluate_lib.forward, method=self.method)
-    )
 
   def run(self) -> dict[str, Any] | None:
     """Trains from the newest checkpoint, or the start, to the result."""
@@ -172,7 +169,7 @@ class Trainer:
             return None
           if self.history.stage + 1 == len(self.method.stages):
             return self._finish(state, checkpoints, writer)
-          state = self._next_stage(state)
+          state = self._next_stage(state, checkpoints)
 
   def _start(self, checkpoints: Checkpoints):
     """The newest checkpoint and its place in the data, or a fresh start."""
@@ -274,10 +271,12 @@ class Trainer:
       f"; {cut:.1%} in buckets of {limits}" if limits else "",
     )
 
-  def _next_stage(self, state):
-    self.history = History(
-      stage=self.history.stage + 1, stage_start=_step_of(state)
-    )
+  def _next_stage(self, state, checkpoints: Checkpoints):
+    step, best_step = _step_of(state), self.history.best_step
+    self.history = History(stage=self.history.stage + 1, stage_start=step)
+    from_best = self._stage.initialize_from == "best"
+    if from_best and best_step not in (None, step):
+      state = self._restore(checkpoints, best_step, state)
     return self.placement.transform(
       functools.partial(train_state.start_stage, config=self._step_config()),
       state,
@@ -323,7 +322,7 @@ class Trainer:
 
   def _evaluate(self, state, split: str) -> evaluate_lib.Evaluation:
     return evaluate_lib.evaluate(
-      self._predict,
+      self._predict(self._stage.predictions),
       self.placement.eval_state(state),
       self.method,
       self.columns,
@@ -385,15 +384,29 @@ class Trainer:
   def _step_config(self) -> train_state.StepConfig:
     """What a step of the current stage is made of."""
     stages, history = self.method.stages, self.history
-    stage = stages[history.stage]
-    share = stage.share / sum(s.share for s in stages)
+    share = self._stage.share / sum(s.share for s in stages)
     return train_state.StepConfig(
       method=self.method,
-      stage=stage,
+      stage=self._stage,
       optimizer=self.optimizer,
       num_steps=max(1, round(share * self._total_steps)),
       first_step=history.stage_start,
     )
+
+  @functools.cached_property
+  def _predict(self):
+    """Name of the predictions -> compiled forward pass, each compiled once."""
+    return functools.cache(
+      lambda output: self.placement.compile_eval(
+        functools.partial(
+          evaluate_lib.forward, method=self.method, output=output
+        )
+      )
+    )
+
+  @property
+  def _stage(self) -> method_lib.Stage:
+    return self.method.stages[self.history.stage]
 
   @functools.cached_property
   def _steps_per_epoch(self) -> int:

@@ -13,6 +13,7 @@ GROUPS = (
     "recjax.errors",
     "recjax.schema",
     "recjax.trial",
+    "recjax.stage",
     "recjax.config",
     "recjax.batch",
     "recjax.host_memory",

@@ -31,6 +31,23 @@ HYFORMER = {
   "num_heads": 2,
   "recent_len": 3,
 }
+# Any lists will do here; tests/models/promo_test.py has some of users.
+TOWERS = {
+  "user_features": ["tab", "age"],
+  "item_features": ["tags", "price", "content"],
+  "history": "history",
+  "num_blocks": 1,
+  "num_heads": 2,
+}
+BACKBONE = {"embed_dim": 4, "towers": TOWERS, "dropout_rate": 0.0}
+COLD = BACKBONE | {"popularity": "tab", "cold_below": 1}
+PROMO = BACKBONE | {
+  "hidden_dim": 3,
+  "positive_list": "tags",
+  "negative_list": "tags",
+  "popularity": "tab",
+  "popular_from": 2,
+}
 TINY = {
   "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
   "dcnv2": {
@@ -53,6 +70,13 @@ TINY = {
     "dense_mlp_dims": [5],
     "mlp_dims": [8],
   },
+  "promo": PROMO,
+  "two_towers": BACKBONE,
+  "dropoutnet": COLD | {"id_dropout_rate": 0.0},
+  "cb2cf": COLD | {"hidden_dim": 3},
+  "metaemb": COLD,
+  "plate": COLD,
+  "ppr": BACKBONE | {"hidden_dim": 3},
   "rankmixer": RANKMIXER,
   "msn": RANKMIXER
   | {
@@ -70,6 +94,20 @@ for _name in ("shared_bottom", "mmoe", "ple", "star", "hmoe", "pepnet"):
   TINY[_name] = RANKMIXER | {"head_dim": 6}
 # Other forms of a method: name -> (method, overrides on top of its TINY).
 VARIANTS = {
+  "promo_shared": (
+    "promo",
+    {
+      "network": "shared",
+      "use_relu": True,
+      "pooling": "mean",
+      "normalization": "mean",
+      "prompt_tables": "backbone",
+    },
+  ),
+  "promo_inputs": (
+    "promo",
+    {"network": "none", "prompt_from": "id_features", "fusion": "xavier"},
+  ),
   "rankmixer_gated": ("rankmixer", {"ffn": "gated", "moe": {"gate_dim": 3}}),
   "rankmixer_smoe": ("rankmixer", {"ffn": "smoe"}),
   "rankmixer_relu_moe": ("rankmixer", {"ffn": "relu_moe"}),
@@ -129,8 +167,9 @@ class Case:
     return self.init(jax.random.key(0))
 
   def step_config(self, stage=None):
+    # All of the model at once; what stages freeze is for their own tests.
     return train_state.StepConfig(
-      self.method, stage or self.method.stages[0], OPTIMIZER, num_steps=30
+      self.method, stage or method_lib.Stage(), OPTIMIZER, num_steps=30
     )
 
   def predict_eagerly(self, state, batch):

@@ -15,7 +15,8 @@ python -m experiments.run --config=experiments/configs/msn.py:base \\
 Of the claims, `memory_rules` is MSN's: thousands of rules to remember;
 `where_to_look` is HyFormer's: two events to find in a history, one after the
 other; `scenario_tasks` is MDL's: scenarios that shift what matters, tasks that
-conflict or help. What a claim plants stands in its file under
+conflict or help; `early_adopters` is PROMO's: users who tell the type of a
+new item. What a claim plants stands in its file under
 `recjax/data/claims/`.
 
 The rows are in the order of their time; the last tenth is the test part, the
@@ -32,7 +33,12 @@ import pyarrow as pa
 from etils import epath
 from jaxtyping import Float
 
-from recjax.data.claims import memory_rules, scenario_tasks, where_to_look
+from recjax.data.claims import (
+  early_adopters,
+  memory_rules,
+  scenario_tasks,
+  where_to_look,
+)
 from recjax.data.claims.common import SHARE, Claim
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.vocabulary import save_values
@@ -44,6 +50,7 @@ VERSION = 1
 _BLOCK_ROWS = 1 << 16
 
 CLAIMS = {
+  "early_adopters": early_adopters.make,
   "memory_rules": memory_rules.make,
   "where_to_look": where_to_look.make,
   "scenario_tasks": scenario_tasks.make,

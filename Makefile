@@ -14,10 +14,10 @@ demo: $(VENV)/.run
 	$(RUN) -m experiments.demo --workdir=runs/demo
 
 test: $(VENV)/.dev
-	$(RUN) -m pytest -n 2 -m 'not aot and not gpu' --durations=15
+	$(RUN) -m pytest -n 2 --dist loadgroup -m 'not aot and not gpu' --durations=15
 
 test-fast: $(VENV)/.dev
-	$(RUN) -m pytest -n 2 -m 'not slow and not aot and not gpu'
+	$(RUN) -m pytest -n 2 --dist loadgroup -m 'not slow and not aot and not gpu'
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .

@@ -9,6 +9,29 @@ from jaxtyping import Array, Bool, Float, Int
 
 @typing.no_type_check  # Holds shardings and shape structs as well as arrays.
 @struct.dataclass
+class TrialRows:
+  """What a randomised trial drew and saw, one entry an example.
+
+  All are 0 for padding: divide by no propensity without `example_mask`.
+
+  Attributes:
+    treatment: Number of the treatment in `Schema.trial.treatments`; 0 is the
+      control.
+    response: Outcome that counts, in the unit of the data.
+    cost: What the example has cost, at least 0, in the unit of the data.
+    propensity: Chance, in (0, 1], of the treatment that the example got.
+    cluster: Examples of one number were drawn together.
+  """
+
+  treatment: Int[Array, " batch"]
+  response: Float[Array, " batch"]
+  cost: Float[Array, " batch"]
+  propensity: Float[Array, " batch"]
+  cluster: Int[Array, " batch"]
+
+
+@typing.no_type_check  # Holds shardings and shape structs as well as arrays.
+@struct.dataclass
 class Batch:
   """Examples of one step, padded to a fixed size.
 
@@ -35,6 +58,8 @@ class Batch:
     event_age: Sequence -> seconds from each event to the example's own time,
       above 0, in float32, which holds no absolute time to the second; 0 where
       masked. For the sequences whose schema names `time`.
+    trial: What was drawn and seen, if the data is a randomised trial. Not an
+      input: it is None when a model serves.
     real_labels: Names of the labels that are real-valued; the others are
       binary. Static under `jit`.
   """
@@ -51,6 +76,7 @@ class Batch:
   event_age: Mapping[str, Float[Array, "batch max_len"]] = struct.field(
     default_factory=dict
   )
+  trial: TrialRows | None = None
   real_labels: frozenset[str] = struct.field(
     pytree_node=False, default=frozenset()
   )

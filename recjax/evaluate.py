@@ -12,9 +12,11 @@ import numpy as np
 from recjax import losses
 from recjax.batch import Batch
 from recjax.data.columns import Columns
+from recjax.data.length_buckets import LengthBuckets
 from recjax.data.pipeline import make_loader
+from recjax.layers import domain_attention
 from recjax.method import Method
-from recjax.metrics import calibration, summary
+from recjax.metrics import calibration, slices, summary
 from recjax.train_state import TrainState
 
 # Batches computed at a time. XLA runs parts of a program, its top-k among
@@ -28,20 +30,26 @@ class Evaluation:
 
   Attributes:
     metrics: `<split>/<task>/<metric>` -> value, and the method's diagnostics
-      as `<split>/<name>`.
+      as `<split>/<name>`. Data with scenarios also has means over them, by
+      task and, of all binary tasks, as `<split>/macro_<metric>`.
     examples: Task -> {"score", "label"}, NaN where a label is missing; and
       `group` -> ids. One entry an example, in the order of the rows.
     counters: The method's sums; see `recjax.method`.
+    cells: Task -> its cells by scenario; empty where the data has none.
   """
 
   metrics: dict[str, float]
   examples: dict[str, Any]
   counters: dict[str, Any]
+  cells: dict[str, list[slices.Cell]] = dataclasses.field(default_factory=dict)
 
 
-def forward(state: TrainState, batch: Batch, method: Method) -> dict[str, Any]:
+def forward(
+  state: TrainState, batch: Batch, method: Method, output: str = ""
+) -> dict[str, Any]:
   """Predictions of one batch beside what metrics need; jit it.
 
+  `output` names an entry of `aux` to take for the predictions; see `Stage`.
   Labels and masks come back too, so that under a mesh every process holds
   those of the global batch.
   """
@@ -49,12 +57,14 @@ def forward(state: TrainState, batch: Batch, method: Method) -> dict[str, Any]:
   predictions, aux, _ = method.apply(
     state.eval_params, state.tables, rows, batch, train=False
   )
+  predictions = aux[output] if output else predictions
   tasks = tuple(predictions)
   return {
     "predictions": predictions,
     "labels": {task: batch.labels[task] for task in tasks},
     "label_mask": {task: batch.label_mask[task] for task in tasks},
     "groups": dict(batch.groups),
+    "scenario": batch.scenario,
     "example_mask": batch.example_mask,
     "counters": aux.get("counters", {}),
   }
@@ -69,6 +79,7 @@ def evaluate(
   *,
   batch_size: int,
   put_batch: Callable[[Batch], Batch],
+  length_buckets: tuple[int, ...] = (),
 ) -> Evaluation:
   """Runs `predict`, a compiled `forward`, over `split`.
 
@@ -80,6 +91,7 @@ def evaluate(
     split: `valid` or `test`.
     batch_size: Examples a step.
     put_batch: From the placement.
+    length_buckets: Groups the rows by length, to pad less.
   """
   loader = make_loader(
     columns,
@@ -88,6 +100,7 @@ def evaluate(
     shuffle=False,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    length_buckets=length_buckets,
   )
   parts, counters = [], None
   for output in _outputs(predict, state, map(put_batch, loader)):
@@ -95,9 +108,13 @@ def evaluate(
     valid = output.pop("example_mask")
     parts.append(jax.tree.map(lambda x, keep=valid: x[keep], output))
   output = jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+  if length_buckets:
+    buckets = LengthBuckets(columns, split, batch_size, length_buckets)
+    place = np.argsort(buckets.order)
+    output = jax.tree.map(lambda x: x[place], output)
 
   real = frozenset(v.name for v in columns.schema.labels if v.kind == "real")
-  metrics, examples = {}, {}
+  metrics, examples, cells = {}, {}, {}
   for task, scores in output["predictions"].items():
     labels, mask = output["labels"][task], output["label_mask"][task]
     if task in real:
@@ -108,14 +125,24 @@ def evaluate(
         scores, labels, mask=mask, groups=output["groups"]
       )
     metrics |= {f"{split}/{task}/{k}": float(v) for k, v in values.items()}
+    if columns.schema.roles.scenario is not None:
+      cells[task] = slices.summarize_by_scenario(
+        np.asarray(scores, np.float64),
+        labels,
+        output["scenario"],
+        mask=mask,
+        groups=output["groups"],
+        is_real=task in real,
+      )
     examples[task] = {"score": scores, "label": np.where(mask, labels, np.nan)}
+  metrics |= _scenario_means(cells, real, split)
   if "group" in output["groups"]:
     examples["group"] = output["groups"]["group"]
   summarize = getattr(method.module, "diagnostics", None)
   if summarize is not None:
     values = summarize(counters)
     metrics |= {f"{split}/{k}": float(v) for k, v in values.items()}
-  return Evaluation(metrics, examples, counters)
+  return Evaluation(metrics, examples, counters, cells)
 
 
 def metric_names(method: Method, split: str) -> list[str]:
@@ -127,15 +154,33 @@ def metric_names(method: Method, split: str) -> list[str]:
     "binary": summary.summarize(pair, pair, groups=groups),
     "real": summary.summarize_real(pair, pair),
   }
-  return [
+  kinds = {task: method.schema.label(task).kind for task in method.config.tasks}
+  found = [
     f"{split}/{task}/{name}"
-    for task in method.config.tasks
-    for name in names[method.schema.label(task).kind]
+    for task, kind in kinds.items()
+    for name in names[kind]
   ]
+  if roles.scenario is not None:
+    zeros = np.zeros(2, np.int32)
+    cells = {
+      task: slices.summarize_by_scenario(
+        pair, pair, zeros, groups=groups, is_real=kind == "real"
+      )
+      for task, kind in kinds.items()
+    }
+    real = frozenset(task for task, kind in kinds.items() if kind == "real")
+    found += _scenario_means(cells, real, split)
+  return found
 
 
 def diagnostics(evaluation: Evaluation, method: Method) -> dict[str, Any]:
-  """What `report` draws: reliability per task, hits per memory slot."""
+  """What `report` draws and lists.
+
+  Returns:
+    Reliability by task, hits by memory slot; and where there are such, the
+    cells by task and scenario and, by layer and family of tokens, how much of
+    its attention a token gives to each feature token.
+  """
   reliability = {}
   for task in method.config.tasks:
     if method.schema.label(task).kind == "binary":
@@ -154,7 +199,43 @@ def diagnostics(evaluation: Evaluation, method: Method) -> dict[str, Any]:
     for name, counts in evaluation.counters.items()
     if isinstance(counts, Mapping) and "hits" in counts
   }
-  return {"reliability": reliability, "slot_usage": usage}
+  found = {"reliability": reliability, "slot_usage": usage}
+  if evaluation.cells:
+    found["cells"] = {
+      task: [dataclasses.asdict(cell) for cell in cells]
+      for task, cells in evaluation.cells.items()
+    }
+  attention = {
+    f"{layer}/{family}": {
+      "tokens": np.flatnonzero(sums["examples"]).tolist(),
+      "weights": domain_attention.mean_weights(sums).tolist(),
+    }
+    for layer, families in evaluation.counters.items()
+    if layer.startswith("attention_")
+    for family, sums in families.items()
+  }
+  return found | ({"attention": attention} if attention else {})
+
+
+def _scenario_means(
+  cells: Mapping[str, list[slices.Cell]], real: frozenset[str], split: str
+) -> dict[str, float]:
+  """Means over scenarios of each task, and over all binary tasks' cells."""
+  metrics = {}
+  for task, own in cells.items():
+    if split == "test":
+      metrics |= {
+        f"{split}/{task}/scenario_{cell.scenario}/auc": cell.metrics["auc"]
+        for cell in own
+        if cell.is_counted and task not in real
+      }
+    values = slices.means(own, is_real=task in real)
+    metrics |= {f"{split}/{task}/{k}": v for k, v in values.items()}
+  binary = [c for task, own in cells.items() if task not in real for c in own]
+  if binary:
+    values = slices.means(binary)
+    metrics |= {f"{split}/{k}": v for k, v in values.items()}
+  return metrics
 
 
 def _outputs(

@@ -1,4 +1,4 @@
-"""Pictures of runs: learning curves, reliability and use of memory slots.
+"""Pictures of runs: learning curves, reliability, memory slots, attention.
 
 Each function takes plain arrays and returns a matplotlib `Figure`; nothing
 touches pyplot's global state, so they can be drawn in any process. Colours
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from matplotlib import figure, ticker
 
 COLORS = (
@@ -210,3 +210,32 @@ def _mean_line(lines: Sequence[Line]):
     steps = np.intersect1d(steps, line.x)
   values = [line.y[np.isin(line.x, steps)] for line in lines]
   return steps, np.mean(values, axis=0)
+
+
+def attention_maps(
+  panels: Mapping[str, Float[np.ndarray, "tokens features"]],
+  tokens: Mapping[str, Sequence[str]],
+) -> figure.Figure:
+  """Mean attention of scenario and task tokens to feature tokens.
+
+  Args:
+    panels: Name of a layer and family of tokens to its weights; each row sums
+      to 1.
+    tokens: The same name to the names of its tokens.
+
+  Returns:
+    The figure, one panel a layer and family; all panels share one scale.
+  """
+  fig, axes = _grid(len(panels))
+  highest = max(float(weights.max()) for weights in panels.values())
+  for ax, (name, weights) in zip(axes, panels.items(), strict=True):
+    image = ax.imshow(
+      weights, cmap="viridis", vmin=0.0, vmax=highest, aspect="auto"
+    )
+    ax.grid(False)
+    ax.set_title(name, fontsize=9)
+    ax.set_xlabel("feature token")
+    ax.set_xticks(range(weights.shape[1]))
+    ax.set_yticks(range(len(weights)), tokens[name], fontsize=8)
+  fig.colorbar(image, ax=list(axes), label="mean attention weight")
+  return fig

@@ -9,7 +9,8 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
 * `tables(config, schema) -> {name: Table}`: the row-sparse tables.
 * `loss_fn(predictions, aux, batch, config) -> {name: (sum, weight)}`: the
   loss is the sum over names of sum / weight.
-* Optional `STAGES`, a tuple of `Stage`: training in several parts.
+* Optional `STAGES`, a tuple of `recjax.stage.Stage`: training in several
+  parts. Where the config decides on them, a function `stages(config)`.
 * Optional `gradient_fn(loss, variables)`: shapes its own gradient; gets
   `loss(variables) -> (value, extras)` and returns what
   `jax.value_and_grad(loss, has_aux=True)(variables)` would.
@@ -20,6 +21,9 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
 * Optional methods of `Model`, `encode_user(batch, rows) -> encoded` and
   `decode(encoded, batch, rows, *, train)`, which `__call__` does one after the
   other: what does not depend on the candidate, and the rest; see `serve`.
+  `encoded_features` names the sequences that the first reads, if not all.
+* Optional `PER_SCENARIO`, a tuple of regular expressions on parameter paths:
+  weights with a leading axis of scenarios, of which an example uses one.
 * Optional `fold(params, config) -> (params, config)`: what is served in their
   place, with the same predictions.
 """
@@ -30,7 +34,7 @@ import importlib
 import importlib.util
 import pkgutil
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -41,43 +45,15 @@ from jaxtyping import Array
 import recjax.baselines
 import recjax.models
 from recjax import config as config_lib
-from recjax.batch import Batch
+from recjax.batch import Batch, TrialRows
 from recjax.errors import UserError
 from recjax.schema import Schema, suggest
 from recjax.sparse import in_model
 from recjax.sparse import table as table_lib
 from recjax.sparse.table import Table
+from recjax.stage import Stage
 
 PACKAGES = (recjax.models, recjax.baselines)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-  """One part of a training.
-
-  Attributes:
-    name: Shown in logs.
-    share: Share of the training steps; the shares of all stages are scaled to
-      sum to 1.
-    trainable: Regular expressions on parameter and table paths such as
-      `heads/click/kernel` or `embedding`; what none matches is frozen.
-    loss_fn: The stage's loss; None means the file's `loss_fn`.
-    initialize_from: `previous`: go on from the previous stage; `scratch`: new
-      parameters and tables.
-  """
-
-  name: str = "train"
-  share: float = 1.0
-  trainable: tuple[str, ...] = (".*",)
-  loss_fn: Callable[..., Any] | None = None
-  initialize_from: str = "previous"
-
-  def __post_init__(self):
-    if self.initialize_from not in ("previous", "scratch"):
-      raise ValueError(
-        "initialize_from must be 'previous' or 'scratch', got "
-        f"{self.initialize_from!r}"
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +78,8 @@ class Method:
   @property
   def stages(self) -> tuple[Stage, ...]:
     """The parts of its training; one unless the file says otherwise."""
+    if hasattr(self.module, "stages"):
+      return self.module.stages(self.config)
     return getattr(self.module, "STAGES", (Stage(),))
 
   def init(self, rng: Array) -> tuple[Any, dict[str, Array]]:
@@ -192,6 +170,7 @@ class Method:
     train: bool,
     rng: Array | None = None,
     taps: Mapping[str, Array] | None = None,
+    perturbations: Any = None,
   ) -> tuple[dict[str, Array], dict[str, Any], dict[str, Any]]:
     """Runs the model.
 
@@ -203,6 +182,8 @@ class Method:
       train: Whether dropout and the like are on.
       rng: Randomness of a training step.
       taps: Zeros at the in-model reads, to take gradients at.
+      perturbations: Zeros at what tasks share, likewise; see
+        `recjax.task_gradients`.
 
     Returns:
       Predictions, aux, and the in-model reads {table: {"ids", "weights"}}.
@@ -213,6 +194,8 @@ class Method:
     }
     if taps:
       variables[in_model.TAPS] = in_model.collection(taps)
+    if perturbations is not None:
+      variables["perturbations"] = perturbations
     (predictions, aux), mutated = self.model.apply(
       variables,
       batch,
@@ -223,6 +206,26 @@ class Method:
     )
     reads = in_model.flatten_reads(mutated.get(in_model.READS, {}))
     return predictions, aux, reads
+
+  def perturbation_shapes(
+    self, params: Any, table_values: Mapping[str, Array], batch: Batch
+  ) -> Any:
+    """Shapes of what the tasks share, a copy a task; empty if nothing is."""
+
+    def run(params, table_values, batch):
+      variables = {
+        "params": params,
+        in_model.TABLES: self._in_model(table_values),
+      }
+      return self.model.apply(
+        variables,
+        batch,
+        self._split(self.read(table_values, batch), batch),
+        train=False,
+        mutable=["perturbations", in_model.READS],
+      )[1].get("perturbations", {})
+
+    return jax.eval_shape(run, params, table_values, batch)
 
   def zero_taps(
     self, params: Any, table_values: Mapping[str, Array], batch: Batch
@@ -329,7 +332,19 @@ def empty_batch(schema: Schema, tasks: tuple[str, ...], size: int = 1) -> Batch:
     event_age={
       f.name: jnp.zeros((size, f.max_len)) for f in schema.sequences if f.time
     },
+    trial=None if schema.trial is None else _empty_trial(size),
     real_labels=frozenset(
       label.name for label in schema.labels if label.kind == "real"
     ),
+  )
+
+
+def _empty_trial(size: int) -> TrialRows:
+  numbers, counts = jnp.zeros((size,)), jnp.zeros((size,), jnp.int32)
+  return TrialRows(
+    treatment=counts,
+    response=numbers,
+    cost=numbers,
+    propensity=numbers,
+    cluster=counts,
   )

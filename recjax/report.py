@@ -10,7 +10,8 @@ as those under `experiments/results/`. Read are, where present:
 * `config.json`: the resolved config, with `commit`.
 * `metrics.jsonl`: learning curves.
 * `diagnostics.json`: `{"reliability": {task: {"count", "sum_probs",
-  "sum_labels"}}, "slot_usage": {layer: reads of each slot}}`, each a list.
+  "sum_labels"}}, "slot_usage": {layer: reads of each slot}}`, each a list;
+  and what `recjax.cells` shows of scenarios and tasks.
 * `predictions.npz`: `<task>/score`, `<task>/label` (NaN: not observed) and
   `group` (the user) of the test rows, for the bootstrap.
 
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import rich.console
 
-from recjax import comparison, control, figures, published, writer
+from recjax import cells, comparison, control, figures, published, writer
 from recjax.comparison import Table
 from recjax.errors import UserError
 
@@ -104,6 +105,7 @@ def write_report(
     if console is not None:
       console.print(main.to_rich())
     parts += _pictures(part, names, directory, _slug(dataset))
+    parts += cells.sections(part, directory, _slug(dataset))
     parts += ["### Runs", _configurations(part), "### Missing", _missing(part)]
   path = directory / "report.md"
   path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

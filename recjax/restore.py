@@ -112,16 +112,16 @@ def evaluate_run(run: Run, split: str = "test") -> dict[str, float]:
   predict = run.placement.compile_eval(
     functools.partial(evaluate_lib.forward, method=run.method)
   )
+  options = config_lib.build(train.Config, run.config["train"], "config.train")
   return evaluate_lib.evaluate(
     predict,
     run.placement.eval_state(run.state),
     run.method,
     run.columns,
     split,
-    batch_size=config_lib.build(
-      train.Config, run.config["train"], "config.train"
-    ).eval_batch_size,
+    batch_size=options.eval_batch_size,
     put_batch=run.placement.put_batch,
+    length_buckets=options.length_buckets,
   ).metrics
 
 

@@ -3,6 +3,7 @@
 import difflib
 import json
 import pathlib
+import re
 import subprocess
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 
 import pallas_kernels
 from recjax import evaluate as evaluate_lib
+from recjax import optimizer as optimizer_lib
 from recjax.errors import UserError
 from recjax.method import Method, empty_batch
 from recjax.schema import suggest
@@ -127,8 +129,8 @@ def write_result(
 def count_params(method: Method) -> dict[str, int]:
   """Trained numbers: `dense`, `sparse` (tables), and `active`.
 
-  `active` are the dense ones but those of idle experts, and the table entries
-  that one example reads.
+  `active` are the dense ones but those of idle experts and of other scenarios,
+  and the table entries that one example reads.
   """
   params, _, reads = _shapes(method)
   dense = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -142,8 +144,21 @@ def count_params(method: Method) -> dict[str, int]:
     entry["ids"].size * method.tables[name].dim for name, entry in reads.items()
   )
   idle_params = getattr(method.module, "idle_params", lambda config: 0)
-  active += dense - idle_params(method.config)
+  active += (
+    dense - idle_params(method.config) - _other_scenarios(method, params)
+  )
   return {"dense": dense, "sparse": sparse, "active": active}
+
+
+def _other_scenarios(method: Method, params: Any) -> int:
+  """Parameters of the scenarios that an example does not belong to."""
+  patterns = getattr(method.module, "PER_SCENARIO", ())
+  idle = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = optimizer_lib.path_name(path)
+    if any(re.fullmatch(pattern, name) for pattern in patterns):
+      idle += leaf.size - leaf.size // leaf.shape[0]
+  return idle
 
 
 def count_flops(method: Method, batch_size: int = 64) -> float:

@@ -30,17 +30,20 @@ A sequence may name what else is known of its events, one value an event:
 the example's own (`roles.time`); and `side`, columns of ids. Each side column
 is an id feature of its own (`Schema.sides`), so that a model that knows
 nothing of sides reads it as one more sequence.
+
+A randomised trial has a block `trial`, and may do without labels: see
+`recjax.trial`.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from recjax.errors import UserError
+from recjax.errors import UserError, check_keys, suggest
+from recjax.trial import Trial
 
 KINDS = ("sparse", "dense", "sequence", "text", "image", "vector")
 LABEL_KINDS = ("binary", "real")
@@ -160,6 +163,7 @@ class Schema:
   roles: Roles = Roles()
   split: Split = Split()
   vocab_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  trial: Trial | None = None
 
   @property
   def id_features(self) -> tuple[Feature, ...]:
@@ -248,15 +252,17 @@ class Schema:
       "roles": dataclasses.asdict(self.roles),
       "split": dataclasses.asdict(self.split),
       "vocab_sizes": dict(self.vocab_sizes),
+      "trial": None if self.trial is None else self.trial.to_dict(),
     }
 
   @classmethod
   def from_dict(cls, data: Mapping[str, Any], where: str = "schema"):
     """Reads and checks the JSON form; `where` names the file in errors."""
-    _check_keys(
-      data, ("features", "labels", "roles", "split", "vocab_sizes"), where
-    )
+    check_keys(data, [field.name for field in dataclasses.fields(cls)], where)
+    trial = data.get("trial")
     for key in ("features", "labels"):
+      if trial is not None and key == "labels" and not data.get(key):
+        continue
       if not isinstance(data.get(key), Mapping) or not data[key]:
         raise UserError(
           f'{where}: "{key}" must be an object with at least one entry'
@@ -266,7 +272,8 @@ class Schema:
       for name, entry in data["features"].items()
     )
     labels = tuple(
-      _read_label(name, entry, where) for name, entry in data["labels"].items()
+      _read_label(name, entry, where)
+      for name, entry in (data.get("labels") or {}).items()
     )
     sizes = data.get("vocab_sizes", {})
     if not isinstance(sizes, Mapping):
@@ -280,6 +287,7 @@ class Schema:
       roles=_read_struct(Roles, data.get("roles", {}), f"{where}: roles"),
       split=_read_struct(Split, data.get("split", {}), f"{where}: split"),
       vocab_sizes=dict(sizes),
+      trial=trial and Trial.from_dict(trial, f"{where}: trial"),
     )
     _check(schema, where)
     return schema
@@ -299,15 +307,6 @@ class Schema:
     return cls.from_dict(data, where=str(path))
 
 
-def suggest(name: str, names) -> str:
-  """`; did you mean 'x'?` or the list of what is allowed."""
-  names = [str(n) for n in names]
-  close = difflib.get_close_matches(str(name), names, n=1)
-  if close:
-    return f"; did you mean {close[0]!r}?"
-  return f"; known: {', '.join(names)}"
-
-
 def _without_defaults(feature: Feature) -> dict[str, Any]:
   default = Feature(name=feature.name, kind=feature.kind)
   entry = {"kind": feature.kind}
@@ -320,17 +319,9 @@ def _without_defaults(feature: Feature) -> dict[str, Any]:
   return entry
 
 
-def _check_keys(data, allowed, where: str):
-  if not isinstance(data, Mapping):
-    raise UserError(f"{where}: must be a JSON object, got {data!r}")
-  for key in data:
-    if key not in allowed:
-      raise UserError(f"{where}: unknown key {key!r}" + suggest(key, allowed))
-
-
 def _read_struct(struct, data, where: str):
   fields = {f.name: f for f in dataclasses.fields(struct)}
-  _check_keys(data, fields, where)
+  check_keys(data, fields, where)
   for key, value in data.items():
     kind = fields[key].type
     if kind is float and isinstance(value, int) and value is not True:
@@ -351,7 +342,7 @@ def _read_feature(name: str, entry, where: str) -> Feature:
     raise UserError(
       f"{where}: unknown kind {entry['kind']!r}" + suggest(entry["kind"], KINDS)
     )
-  _check_keys(entry, [f.name for f in dataclasses.fields(Feature)], where)
+  check_keys(entry, [f.name for f in dataclasses.fields(Feature)], where)
   feature = _read_struct_feature(name, entry, where)
   for key in ("max_len", "buckets", "dim"):
     value = getattr(feature, key)
@@ -389,7 +380,7 @@ def _read_label(name: str, entry, where: str) -> Label:
   where = f"{where}: label {name!r}"
   if isinstance(entry, str):
     entry = {"kind": entry}
-  _check_keys(entry, ("kind", "unit"), where)
+  check_keys(entry, ("kind", "unit"), where)
   if entry.get("kind") not in LABEL_KINDS:
     raise UserError(
       f"{where}: kind must be binary or real, got {entry.get('kind')!r}"
@@ -404,6 +395,13 @@ def _check(schema: Schema, where: str):
       raise UserError(
         f"{where}: {label.name!r} is a feature and a label; a label must not "
         "be an input"
+      )
+  for column in schema.trial.columns if schema.trial else ():
+    # What is known of people from before may well tell the clusters.
+    if column in names and column != schema.trial.cluster:
+      raise UserError(
+        f"{where}: trial: {column!r} is a feature too; what a trial draws and "
+        "sees must not be an input"
       )
   for feature in schema.features:
     for target in (feature.vocabulary, *(feature.side or {}).values()):

@@ -96,7 +96,9 @@ class Ranker:
           f"candidate_features: unknown feature {name!r}" + suggest(name, names)
         )
     self._encodes = hasattr(type(method.model), "encode_user")
-    encoded = [f.name for f in schema.id_features if f.kind == "sequence"]
+    encoded = getattr(method.model, "encoded_features", None)
+    if encoded is None:
+      encoded = [f.name for f in schema.id_features if f.kind == "sequence"]
     for name in self.candidate_features.intersection(encoded):
       if self._encodes:
         raise UserError(

@@ -28,7 +28,8 @@ from recjax import method as method_lib
 from recjax import monitor, parallel, run_files, train_state
 from recjax import optimizer as optimizer_lib
 from recjax.checkpoint import Checkpoints
-from recjax.data.pipeline import make_loader, open_dataset, steps_per_epoch
+from recjax.data.length_buckets import LengthBuckets, masked_share
+from recjax.data.pipeline import make_loader, open_dataset
 from recjax.errors import DivergedError, UserError
 from recjax.monitor import History
 from recjax.schema import suggest
@@ -55,6 +56,9 @@ class Config:
       stage; 0 for never.
     non_finite: On a loss or gradient that is not finite: `stop`, or `skip`
       the batch and count it.
+    length_buckets: Lengths that batches are grouped by, such as `(16, 64)`,
+      so that less of long sequences is padding; empty for batches of all
+      lengths. See `recjax.data.length_buckets`.
   """
 
   batch_size: int = 512
@@ -68,6 +72,7 @@ class Config:
   monitor: str = ""
   early_stop_patience: int = 0
   non_finite: str = "stop"
+  length_buckets: tuple[int, ...] = ()
 
   def __post_init__(self):
     if self.non_finite not in ("stop", "skip"):
@@ -145,9 +150,6 @@ class Trainer:
     run_files.claim_workdir(self.workdir, self.config, commit)
     self.history = History()
     self.speed = _Speed()
-    self._predict = self.placement.compile_eval(
-      functools.partial(evaluate_lib.forward, method=self.method)
-    )
 
   def run(self) -> dict[str, Any] | None:
     """Trains from the newest checkpoint, or the start, to the result."""
@@ -167,7 +169,7 @@ class Trainer:
             return None
           if self.history.stage + 1 == len(self.method.stages):
             return self._finish(state, checkpoints, writer)
-          state = self._next_stage(state)
+          state = self._next_stage(state, checkpoints)
 
   def _start(self, checkpoints: Checkpoints):
     """The newest checkpoint and its place in the data, or a fresh start."""
@@ -181,8 +183,10 @@ class Trainer:
         num_epochs=None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        length_buckets=self.train.length_buckets,
       )
     )
+    self._log_padding()
     step = checkpoints.latest_step
     record = None if step is None else checkpoints.record(step)
     if record is not None:
@@ -209,8 +213,15 @@ class Trainer:
       end, start_step=step, description=self.method.name
     ) as progress:
       self.speed.stop()
+      shapes = set()
       while not self.history.stage_done and not terminated.is_set():
         batch = next(loader)
+        shape = tuple(ids.shape for ids in batch.ids.values())
+        if shape not in shapes:  # Its program is compiled first.
+          self._take(pending, step)
+          pending = None
+          self.speed.stop()
+          shapes.add(shape)
         state, scalars = run_step(state, self.placement.put_batch(batch))
         step += 1
         # One step late, so that the device never waits for the host.
@@ -248,10 +259,24 @@ class Trainer:
       logging.info("Stopped by a signal at step %d; run again to go on.", step)
     return state
 
-  def _next_stage(self, state):
-    self.history = History(
-      stage=self.history.stage + 1, stage_start=_step_of(state)
+  def _log_padding(self):
+    """How much of the sequences is padding, without and with buckets."""
+    if not self.columns.schema.sequences:
+      return
+    limits = self.train.length_buckets
+    cut = masked_share(self.columns, "train", limits)
+    logging.info(
+      "%.1f%% of sequence positions are padding%s.",
+      100 * masked_share(self.columns, "train"),
+      f"; {cut:.1%} in buckets of {limits}" if limits else "",
     )
+
+  def _next_stage(self, state, checkpoints: Checkpoints):
+    step, best_step = _step_of(state), self.history.best_step
+    self.history = History(stage=self.history.stage + 1, stage_start=step)
+    from_best = self._stage.initialize_from == "best"
+    if from_best and best_step not in (None, step):
+      state = self._restore(checkpoints, best_step, state)
     return self.placement.transform(
       functools.partial(train_state.start_stage, config=self._step_config()),
       state,
@@ -297,13 +322,14 @@ class Trainer:
 
   def _evaluate(self, state, split: str) -> evaluate_lib.Evaluation:
     return evaluate_lib.evaluate(
-      self._predict,
+      self._predict(self._stage.predictions),
       self.placement.eval_state(state),
       self.method,
       self.columns,
       split,
       batch_size=self.train.eval_batch_size,
       put_batch=self.placement.put_batch,
+      length_buckets=self.train.length_buckets,
     )
 
   def _take(self, scalars, step: int):
@@ -358,21 +384,35 @@ class Trainer:
   def _step_config(self) -> train_state.StepConfig:
     """What a step of the current stage is made of."""
     stages, history = self.method.stages, self.history
-    stage = stages[history.stage]
-    share = stage.share / sum(s.share for s in stages)
+    share = self._stage.share / sum(s.share for s in stages)
     return train_state.StepConfig(
       method=self.method,
-      stage=stage,
+      stage=self._stage,
       optimizer=self.optimizer,
       num_steps=max(1, round(share * self._total_steps)),
       first_step=history.stage_start,
     )
 
   @functools.cached_property
-  def _steps_per_epoch(self) -> int:
-    return steps_per_epoch(
-      self.columns.num_rows["train"], self.train.batch_size
+  def _predict(self):
+    """Name of the predictions -> compiled forward pass, each compiled once."""
+    return functools.cache(
+      lambda output: self.placement.compile_eval(
+        functools.partial(
+          evaluate_lib.forward, method=self.method, output=output
+        )
+      )
     )
+
+  @property
+  def _stage(self) -> method_lib.Stage:
+    return self.method.stages[self.history.stage]
+
+  @functools.cached_property
+  def _steps_per_epoch(self) -> int:
+    return LengthBuckets(
+      self.columns, "train", self.train.batch_size, self.train.length_buckets
+    ).num_steps
 
   @property
   def _total_steps(self) -> int:

@@ -121,7 +121,11 @@ def start_stage(state: TrainState, config: StepConfig) -> TrainState:
       step=state.step, num_skipped=state.num_skipped, rng=state.rng
     )
   optimizer = config.dense_optimizer(state.params)
-  return state.replace(opt_state=optimizer.init(state.params))
+  return state.replace(
+    # The best state of the stage before is older than its last.
+    step=jnp.full_like(state.step, config.first_step),
+    opt_state=optimizer.init(state.params),
+  )
 
 
 def train_step(

@@ -12,6 +12,8 @@ GROUPS = (
   (
     "recjax.errors",
     "recjax.schema",
+    "recjax.trial",
+    "recjax.stage",
     "recjax.config",
     "recjax.batch",
     "recjax.host_memory",
@@ -22,6 +24,7 @@ GROUPS = (
     "recjax.layers",
     "recjax.losses",
     "recjax.allocation",
+    "recjax.allocation_repair",
   ),
   ("recjax.models", "recjax.baselines"),
   (
@@ -40,9 +43,11 @@ GROUPS = (
     "recjax.monitor",
     "recjax.restore",
     "recjax.run_files",
+    "recjax.task_gradients",
     "recjax.train",
   ),
   (
+    "recjax.cells",
     "recjax.figures",
     "recjax.comparison",
     "recjax.control",

@@ -14,6 +14,25 @@ os.environ.setdefault(
 os.environ.setdefault("GLIBC_TUNABLES", "")
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """A file's tests share what they compile, so one process runs them all.
+
+  Those of the contract share it by model: the last words of their names.
+  """
+  for item in items:
+    group = item.path.stem
+    if group == "model_contract_test":
+      cases = item.module.ALL
+      group = max(
+        (c["name"] for c in cases if item.name.endswith(c["testcase_name"])),
+        key=len,
+        default=group,
+      )
+    item.add_marker(pytest.mark.xdist_group(group))

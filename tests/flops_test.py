@@ -27,6 +27,9 @@ def load(name, size, **changes):
       config = recipe.get_config("base").to_dict()["model"]
     except ModuleNotFoundError:
       config = {}
+    # Columns of the recipe's own data.
+    for word in ("important_features", "scenario_priors"):
+      config.pop(word, None)
   return method_lib.load(
     name, {**config, **changes, "tasks": TASKS}, toy.SCHEMA
   )

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from recjax import method as method_lib
@@ -29,6 +30,23 @@ HYFORMER = {
   "num_layers": 1,
   "num_heads": 2,
   "recent_len": 3,
+}
+# Any lists will do here; tests/models/promo_test.py has some of users.
+TOWERS = {
+  "user_features": ["tab", "age"],
+  "item_features": ["tags", "price", "content"],
+  "history": "history",
+  "num_blocks": 1,
+  "num_heads": 2,
+}
+BACKBONE = {"embed_dim": 4, "towers": TOWERS, "dropout_rate": 0.0}
+COLD = BACKBONE | {"popularity": "tab", "cold_below": 1}
+PROMO = BACKBONE | {
+  "hidden_dim": 3,
+  "positive_list": "tags",
+  "negative_list": "tags",
+  "popularity": "tab",
+  "popular_from": 2,
 }
 TINY = {
   "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
@@ -52,6 +70,13 @@ TINY = {
     "dense_mlp_dims": [5],
     "mlp_dims": [8],
   },
+  "promo": PROMO,
+  "two_towers": BACKBONE,
+  "dropoutnet": COLD | {"id_dropout_rate": 0.0},
+  "cb2cf": COLD | {"hidden_dim": 3},
+  "metaemb": COLD,
+  "plate": COLD,
+  "ppr": BACKBONE | {"hidden_dim": 3},
   "rankmixer": RANKMIXER,
   "msn": RANKMIXER
   | {
@@ -64,8 +89,25 @@ TINY = {
   "transformer_rankmixer": SEQUENCE,
   "din_rankmixer": RANKMIXER | {"event_dim": 4, "attention_dims": [6]},
 }
+TINY["mdl"] = RANKMIXER | {"num_layers": 2, "num_heads": 2, "domain_dim": 4}
+for _name in ("shared_bottom", "mmoe", "ple", "star", "hmoe", "pepnet"):
+  TINY[_name] = RANKMIXER | {"head_dim": 6}
 # Other forms of a method: name -> (method, overrides on top of its TINY).
 VARIANTS = {
+  "promo_shared": (
+    "promo",
+    {
+      "network": "shared",
+      "use_relu": True,
+      "pooling": "mean",
+      "normalization": "mean",
+      "prompt_tables": "backbone",
+    },
+  ),
+  "promo_inputs": (
+    "promo",
+    {"network": "none", "prompt_from": "id_features", "fusion": "xavier"},
+  ),
   "rankmixer_gated": ("rankmixer", {"ffn": "gated", "moe": {"gate_dim": 3}}),
   "rankmixer_smoe": ("rankmixer", {"ffn": "smoe"}),
   "rankmixer_relu_moe": ("rankmixer", {"ffn": "relu_moe"}),
@@ -78,6 +120,16 @@ VARIANTS = {
       "merge_sequences": True,
       "paper_literal": True,
       "reinject_features": True,
+    },
+  ),
+  "mdl_msn": (
+    "mdl",
+    {
+      "body": "msn",
+      "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
+      "balance": {"kind": "uncertainty"},
+      "scenario_priors": [{"token": "1", "features": ["age", "tags"]}],
+      "task_priors": [{"token": "all", "features": ["history", "content"]}],
     },
   ),
   "dlrm_mlp_memory": (
@@ -115,8 +167,9 @@ class Case:
     return self.init(jax.random.key(0))
 
   def step_config(self, stage=None):
+    # All of the model at once; what stages freeze is for their own tests.
     return train_state.StepConfig(
-      self.method, stage or self.method.stages[0], OPTIMIZER, num_steps=30
+      self.method, stage or method_lib.Stage(), OPTIMIZER, num_steps=30
     )
 
   def predict_eagerly(self, state, batch):
@@ -246,6 +299,7 @@ class ModelContractTest(parameterized.TestCase):
       self.assertTrue(jnp.any(grad != 0), table)
 
   @parameterized.named_parameters(ALL)
+  @pytest.mark.slow
   def test_row_gradients_equal_those_of_whole_tables(self, name):
     case, batch = make_case(name), toy.make_batch()
     loss_fn, method = case.method.module.loss_fn, case.method
@@ -269,6 +323,7 @@ class ModelContractTest(parameterized.TestCase):
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
   @parameterized.named_parameters(MODELS)
+  @pytest.mark.slow
   def test_frozen_paths_stay_bit_identical(self, name):
     case, batch = make_case(name), toy.make_batch()
     params, tables = case.paths()
@@ -356,6 +411,7 @@ class ModelContractTest(parameterized.TestCase):
       self.assertTrue(bool(jnp.any(actual[task] != expected[task])))
 
   @parameterized.named_parameters(MODELS)
+  @pytest.mark.slow
   def test_a_mesh_takes_the_same_step_as_one_device(self, name):
     case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
     expected = case.step(case.state, batch)

@@ -270,3 +270,12 @@ def check_token_dim(num_tokens: int, token_dim: int):
       f"model.token_dim ({token_dim}) must be a multiple of model.num_tokens "
       f"({num_tokens}): token mixing cuts a token into that many heads"
     )
+
+
+def check_single_path(ffn: str):
+  """Raises for the network that trains on two paths of examples."""
+  if ffn == "relu_moe":
+    raise UserError(
+      "model.ffn=relu_moe trains every example on two paths, which this model "
+      "does not; use dense, gated or smoe"
+    )

@@ -141,6 +141,12 @@ def visible_slices(
   times = np.concatenate([event_time, row_time]).astype(np.int64)
   first = times.min()
   span = int(times.max() - first) + 1
+  keys = max(int(row_key.max()), int(event_key.max(initial=0))) + 1
+  if keys * 3 * span >= 2**63:
+    raise ValueError(
+      f"{keys} keys over {span} units of time do not fit 64 bits: number the "
+      "keys from 0, or take a coarser unit"
+    )
 
   def rank(key, part, time):
     return (key.astype(np.int64) * 3 + part) * span + (time - first)

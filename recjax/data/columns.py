@@ -7,7 +7,7 @@ has rows, so everything that belongs to one row lies in one place:
 manifest.json    format, schema, row counts, mean and std of dense columns
 train.rows       [num_rows, words] of little-endian 32-bit words; also
 valid.rows       a row: list starts (64 bit), list lengths, ids, groups,
-test.rows        dense, labels (NaN = missing), vectors, time (64 bit)
+test.rows        dense, labels (NaN = missing), vectors, time (64 bit), trial
 values_0.i32     entries of the first list feature, then max_len zeros; also
 values_1.i32     a row's list is a slice, and slices may overlap
 ```
@@ -177,6 +177,10 @@ class ColumnWriter:
       )
     if layout.has_time and not np.isfinite(block.time).all():
       raise ValueError("block time: values must be finite")
+    if (block.trial is None) == layout.has_trial:
+      raise ValueError(
+        "block trial: must be there if, and only if, the schema has a trial"
+      )
 
   def _track(self, block: Block, num_rows: int):
     if not num_rows:
@@ -347,6 +351,7 @@ class Columns:
       groups={g: groups[GROUPS.index(g)] for g in self._groups},
       example_mask=np.ones(size, bool),
       event_age=event_age,
+      trial=layout.unpack_trial(rows) if layout.has_trial else None,
       real_labels=self._real_labels,
     )
 
@@ -364,20 +369,17 @@ class Columns:
     dense /= self.dense_std
     return np.clip(dense, -DENSE_LIMIT, DENSE_LIMIT, out=dense)
 
-  def lengths(self, split: str) -> Int[np.ndarray, " rows"]:
-    """Events of each row's longest sequence, as many as are kept of it."""
-    longest = np.zeros(self.num_rows[split], np.int32)
-    layout = self._layout
-    for start in range(0, len(longest), 1 << 16):
-      stop = min(start + (1 << 16), len(longest))
-      rows = self._rows[split].gather(np.arange(start, stop))
-      for length, feature in zip(
-        rows[:, layout.lengths].T, layout.lists, strict=True
-      ):
-        if feature.kind == "sequence":
-          part = longest[start:stop]
-          np.maximum(part, np.minimum(length, feature.max_len), out=part)
-    return longest
+  def lengths(
+    self, split: str, indices: Int[np.ndarray, " batch"]
+  ) -> Int[np.ndarray, "batch sequences"]:
+    """Events that are kept of each of `Schema.sequences`, of some rows."""
+    rows = self._rows[split].gather(indices)[:, self._layout.lengths]
+    columns = [
+      np.minimum(rows[:, i], feature.max_len)
+      for i, feature in enumerate(self._layout.lists)
+      if feature.kind == "sequence"
+    ]
+    return np.stack(columns, axis=1) if columns else rows[:, :0]
 
   def _read_list(self, feature: Feature, starts, lengths, max_len):
     """The entries of a batch's lists, `[batch, max_len, words]`, and a mask."""

@@ -56,8 +56,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from etils import epath
 
-from recjax.data import causal, kuairand_features, kuairand_source
+from recjax.data import (
+  kuairand_features,
+  kuairand_feedback,
+  kuairand_histories,
+  kuairand_source,
+)
 from recjax.data.columns import Block, ColumnWriter
+from recjax.data.kuairand_histories import SIDES
 from recjax.data.vocabulary import save_values
 from recjax.errors import UserError
 from recjax.schema import (
@@ -89,13 +95,6 @@ _VIDEO_FEATURES = (
 )
 _ROW_FEATURES = ("duration_bucket", "video_age_bucket", "hour", "tab")
 _MISSING = -(2.0**62)
-# What is known of an event -> the feature whose vocabulary it shares.
-_SIDES = {
-  "author": "author_id",
-  "tag": "tag",
-  "tab": "tab",
-  "duration": "duration_bucket",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +108,19 @@ class Config:
     prior_strength: Observations that the prior of a single key's rate weighs.
     pair_strength: The same for a pair of keys.
     max_count: Counts of evidence are capped here.
+    min_tab_rows: Tabs with fewer rows in the training part are read as unknown
+      (row 0 of the vocabulary), so that scenarios are few and large. Of the
+      bundled slice's 15 tabs 6 have more than 1,000 rows, and at least 600 in
+      the training part.
     max_rows_in_memory: Log rows held in memory at a time, at least 1. The
       tables of users and videos are held whole.
     sequences: Histories, of `watch`, `like` and `long_watch`, whose events have
       times and sides; empty for plain lists of all three.
+    feedback: `pinnacle` or `recent` adds who gave each video its feedback;
+      see `recjax.data.kuairand_feedback`. Empty for none.
+    feedback_len: Users kept of each list.
+    protocol: `causal`, or `released` for the published evaluation of PROMO,
+      which shows a positive row to itself.
   """
 
   root: str = ""
@@ -121,15 +129,20 @@ class Config:
   prior_strength: float = 20.0
   pair_strength: float = 5.0
   max_count: int = 50
+  min_tab_rows: int = 1
   max_rows_in_memory: int = 1 << 22
   sequences: tuple[str, ...] = ()
+  feedback: str = ""
+  feedback_len: int = 10
+  protocol: str = "causal"
 
   def __post_init__(self):
+    kuairand_feedback.check(self)
     if self.variant not in ("", "pure", "1k", "27k"):
       raise UserError(
         f"data.variant: unknown variant {self.variant!r}; known: pure, 1k, 27k"
       )
-    for name in ("max_len", "max_count", "max_rows_in_memory"):
+    for name in ("max_len", "max_count", "min_tab_rows", "max_rows_in_memory"):
       if getattr(self, name) < 1:
         raise UserError(
           f"data.{name} must be at least 1, got {getattr(self, name)}"
@@ -181,10 +194,15 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
     data = kuairand_features.Data(found, scratch, config.max_rows_in_memory)
     schema = _schema(config)
     writer = ColumnWriter(directory, schema)
-    vocabularies = _Vocabularies(data)
+    vocabularies = _Vocabularies(data, config.min_tab_rows)
     sums = kuairand_features.sum_evidence(data)
-    slices = _write_histories(data, vocabularies, writer, config.sequences)
+    slices = kuairand_histories.write(
+      data, vocabularies, writer, config.sequences
+    )
     tags = _write_tags(data, vocabularies, writer)
+    feedback = kuairand_feedback.write(data, vocabularies, writer, config)
+    slices |= feedback.lists
+    vocabularies.add(feedback.values)
     for rows in data.blocks(1 << 16):
       rows = rows[~data.events["stored"][rows]]
       dense = kuairand_features.dense_features(
@@ -193,7 +211,7 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
       dense = np.stack([dense[f.name] for f in schema.dense_features], axis=1)
       block = Block(
         dense=dense.astype(np.float32),
-        ids=vocabularies.ids(rows),
+        ids=vocabularies.ids(rows) | feedback.ids(rows),
         lists=_lists(slices, tags, data.events["video"][rows], rows),
         vectors={},
         labels=_labels(data.events, rows),
@@ -224,7 +242,7 @@ def _schema(config: Config) -> Schema:
         f"{kind}_history",
         "video_id",
         time=f"{kind}_time",
-        side={f"{kind}_{side}": vocab for side, vocab in _SIDES.items()},
+        side={f"{kind}_{side}": vocab for side, vocab in SIDES.items()},
       )
       for kind in config.sequences
     ]
@@ -235,6 +253,7 @@ def _schema(config: Config) -> Schema:
       *(Feature(name, "sparse") for name in single),
       Feature("tag", "sparse", multi=True),
       *histories,
+      *kuairand_feedback.features(config),
       *(Feature(name, "dense") for name in kuairand_features.dense_names()),
     ),
     labels=(
@@ -257,11 +276,11 @@ def _schema(config: Config) -> Schema:
 class _Vocabularies:
   """Rows of the embedding tables: 0, then the training part's values."""
 
-  def __init__(self, data: kuairand_features.Data):
+  def __init__(self, data: kuairand_features.Data, min_tab_rows: int):
     self._data = data
     users = np.zeros(data.num_users, bool)
     videos = np.zeros(data.num_videos, bool)
-    seen = {name: np.zeros(1 << 15, bool) for name in _ROW_FEATURES}
+    seen = {name: np.zeros(1 << 15, np.int64) for name in _ROW_FEATURES}
     for rows in data.blocks():
       rows = rows[
         (data.events["part"][rows] == 0) & ~data.events["stored"][rows]
@@ -269,13 +288,18 @@ class _Vocabularies:
       users[data.events["user"][rows]] = True
       videos[data.events["video"][rows]] = True
       for name, codes in data.row_codes(rows).items():
-        seen[name][codes] = True
+        seen[name] += np.bincount(codes, minlength=1 << 15)
     in_history = videos.copy()
     for stored in data.histories.values():
       in_history[stored.video] = True
     self.sizes, self.values = {}, {}
     self._row = {
-      n: self._number(n, np.arange(1 << 15), s) for n, s in seen.items()
+      name: self._number(
+        name,
+        np.arange(1 << 15),
+        count >= (min_tab_rows if name == "tab" else 1),
+      )
+      for name, count in seen.items()
     }
     self._user = {"user_id": self._number("user_id", data.user_ids, users)}
     author = _column(data.videos, "author_id")
@@ -321,8 +345,21 @@ class _Vocabularies:
       | {name: table[codes[name]] for name, table in self._row.items()}
     )
 
+  def add(self, values: dict[str, pa.Array]):
+    """Takes in vocabularies that were numbered elsewhere."""
+    self.values |= values
+    self.sizes |= {name: len(held) + 1 for name, held in values.items()}
+
+  def user_rows(self, user) -> np.ndarray:
+    """Rows of users."""
+    return self._user["user_id"][user]
+
+  def video_rows(self, video) -> np.ndarray:
+    """Rows of videos."""
+    return self._video["video_id"][video]
+
   def event_rows(self, events) -> dict[str, np.ndarray]:
-    """Rows of events' videos, and of all that `_SIDES` names; 0: unknown."""
+    """Rows of events' videos and of all their sides; 0: unknown."""
     video = events["video"]
     first_tag = np.where(self._data.tags[:, 0] >= 0, self.tag[:, 0], 0)
     rows = {
@@ -331,7 +368,7 @@ class _Vocabularies:
       "tag": first_tag[video].astype(np.int32),
     }
     for side in ("tab", "duration"):
-      row = self._row[_SIDES[side]][events[side]]
+      row = self._row[SIDES[side]][events[side]]
       rows[side] = np.where(events[side] >= 0, row, 0).astype(np.int32)
     return rows
 
@@ -352,99 +389,6 @@ def _write_tags(
   first = writer.append_values("tag", vocabularies.tag[held])
   length = held.sum(axis=1)
   return first + np.cumsum(length) - length, length.astype(np.int32)
-
-
-def _write_histories(
-  data: kuairand_features.Data,
-  vocabularies: _Vocabularies,
-  writer: ColumnWriter,
-  sequences: tuple[str, ...],
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-  """Writes each user's events once; returns every row's slice of them."""
-  kinds = sequences or kuairand_source.KINDS
-  slices = {
-    f"{kind}_history": (
-      kuairand_features.mapped(
-        data, f"{kind}_start", np.int64, (data.num_events,)
-      ),
-      kuairand_features.mapped(
-        data, f"{kind}_length", np.int32, (data.num_events,)
-      ),
-    )
-    for kind in kinds
-  }
-  for low, high in _user_ranges(data):
-    rows = np.concatenate(
-      [
-        block[
-          (data.events["user"][block] >= low)
-          & (data.events["user"][block] < high)
-          & ~data.events["stored"][block]
-        ]
-        for block in data.blocks()
-      ]
-    )
-    for kind in kinds:
-      events = _history_events(data, kind, rows, low, high)
-      values = vocabularies.event_rows(events)
-      more = {}
-      if sequences:
-        sides = {f"{kind}_{side}": values[side] for side in _SIDES}
-        more = {"time": events["time"] / 1000, "sides": sides}
-      name = f"{kind}_history"
-      first = writer.append_values(name, values["video"], **more)
-      if kind == "watch" and not sequences:
-        writer.append_values("author_history", values["author"])
-      start, length = causal.visible_slices(
-        events["user"],
-        events["time"],
-        events["part"],
-        *(data.events[column][rows] for column in ("user", "time", "part")),
-      )
-      starts, lengths = slices[name]
-      starts[rows], lengths[rows] = first + start, length
-  if sequences:
-    return slices
-  # Authors are listed as the videos are, so their slices are the same.
-  return slices | {"author_history": slices["watch_history"]}
-
-
-def _user_ranges(data: kuairand_features.Data):
-  """Ranges of users with at most `max_rows` events, or of one user."""
-  count = np.zeros(data.num_users, np.int64)
-  for rows in data.blocks():
-    count += np.bincount(data.events["user"][rows], minlength=data.num_users)
-  total = np.append(0, np.cumsum(count))
-  low = 0
-  while low < data.num_users:
-    high = np.searchsorted(total, total[low] + data.max_rows, side="right") - 1
-    high = max(int(high), low + 1)
-    yield low, high
-    low = high
-
-
-def _history_events(
-  data: kuairand_features.Data, kind: str, rows, low: int, high: int
-):
-  """The events of one kind of users in [low, high), by user, part, time."""
-  stored = data.histories[kind]
-  mine = slice(*np.searchsorted(stored.user, [low, high]))
-  if kind != "watch":
-    label = {"like": "like", "long_watch": "long_view"}[kind]
-    rows = rows[kuairand_features.outcome(data.events, rows, label) == 1]
-  events = {
-    name: np.concatenate([getattr(stored, name)[mine], data.events[name][rows]])
-    for name in ("user", "video", "time")
-  }
-  codes = data.row_codes(rows)
-  unknown = np.full(len(events["user"]) - len(rows), -1)
-  events["tab"] = np.concatenate([unknown, codes["tab"]])
-  events["duration"] = np.concatenate([unknown, codes["duration_bucket"]])
-  part = np.zeros(len(events["user"]), np.int64)
-  part[len(part) - len(rows) :] = data.events["part"][rows]
-  order = np.lexsort((events["time"], part, events["user"]))
-  events["part"] = part
-  return {name: column[order] for name, column in events.items()}
 
 
 def _lists(slices, tags, video, rows):

@@ -28,15 +28,13 @@ from typing import Any
 import grain
 import numpy as np
 from absl import logging
-from jaxtyping import Int
 
 import recjax.data
 from recjax.batch import Batch
 from recjax.data.columns import FORMAT, Columns, pad_batch
+from recjax.data.length_buckets import LengthBuckets
 from recjax.errors import UserError
 from recjax.schema import suggest
-
-_ROUNDS = 6
 
 
 def open_dataset(config: Mapping[str, Any]) -> Columns:
@@ -89,6 +87,7 @@ def make_loader(
   process_count: int = 1,
   num_threads: int = 2,
   prefetch: int = 8,
+  length_buckets: tuple[int, ...] = (),
 ) -> grain.IterDataset:
   """Batches of a fixed size, every row exactly once an epoch.
 
@@ -108,6 +107,9 @@ def make_loader(
     process_count: Number of parts.
     num_threads: Threads that read ahead; 0 reads when asked.
     prefetch: Batches to read ahead.
+    length_buckets: Groups the rows by their longest sequence; see
+      `LengthBuckets`. Each bucket's last batch is padded. Shuffled, the batches
+      of all buckets come in random order; unshuffled, bucket after bucket.
 
   Returns:
     A data set of `Batch` with `batch_size // process_count` examples. Its
@@ -122,21 +124,21 @@ def make_loader(
     >>> for batch in loader: ...                        # doctest: +SKIP
   """
   _check_arguments(columns, split, batch_size, seed, num_epochs, process_count)
-  num_rows = columns.num_rows[split]
   local_size = batch_size // process_count
-  num_steps = steps_per_epoch(num_rows, batch_size)
+  buckets = LengthBuckets(columns, split, batch_size, length_buckets)
 
   def read(batch_number: int) -> Batch:
-    epoch, step = divmod(batch_number, num_steps)
-    start = step * batch_size + process_index * local_size
-    rows = np.arange(start, min(start + local_size, num_rows))
-    if shuffle:
-      rows = permute(rows, num_rows, seed=seed, epoch=epoch)
-      rows.sort()
-    batch = columns.read(split, rows)
+    epoch, step = divmod(batch_number, buckets.num_steps)
+    positions = process_index * local_size + np.arange(local_size)
+    rows, max_len = buckets.rows(
+      step, positions, seed=seed if shuffle else None, epoch=epoch
+    )
+    batch = columns.read(split, rows, max_len=max_len)
     return batch if len(rows) == local_size else pad_batch(batch, local_size)
 
-  num_batches = sys.maxsize if num_epochs is None else num_epochs * num_steps
+  num_batches = (
+    sys.maxsize if num_epochs is None else num_epochs * buckets.num_steps
+  )
   return (
     grain.MapDataset.range(num_batches)
     .map(read)
@@ -144,56 +146,6 @@ def make_loader(
       grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     )
   )
-
-
-def steps_per_epoch(num_rows: int, batch_size: int) -> int:
-  """Number of batches that hold every row once, the last one padded.
-
-  Example:
-    >>> steps_per_epoch(10, 4)
-    3
-  """
-  return -(-num_rows // batch_size)
-
-
-def permute(
-  positions: Int[np.ndarray, " positions"],
-  num_rows: int,
-  *,
-  seed: int,
-  epoch: int,
-) -> Int[np.ndarray, " positions"]:
-  """Row numbers at some positions of a pseudo-random permutation.
-
-  Needs no memory beyond its arguments: the permutation is never written out.
-  Grain's own shuffle answers for one element a call; this one for a batch.
-
-  Args:
-    positions: In [0, num_rows).
-    num_rows: Number of rows that are permuted.
-    seed: At least 0; another seed is another permutation.
-    epoch: At least 0; likewise.
-
-  Returns:
-    Int64 row numbers in [0, num_rows), different for different positions.
-
-  Example:
-    >>> sorted(permute(np.arange(5), 5, seed=1, epoch=0).tolist())
-    [0, 1, 2, 3, 4]
-
-  Source:
-    Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002:
-    generalised Feistel network on Z_a x Z_b with a * b >= num_rows, and
-    cycle walking for the few values above. Round function and number of
-    rounds (6) are our choice: this shuffles and keeps no secrets.
-  """
-  keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS)
-  width = int(np.ceil(np.sqrt(num_rows)))
-  height = -(-num_rows // width)
-  rows = _feistel(positions, width, height, keys)
-  while len(outside := np.flatnonzero(rows >= num_rows)):
-    rows[outside] = _feistel(rows[outside], width, height, keys)
-  return rows
 
 
 def _check_arguments(
@@ -214,33 +166,6 @@ def _check_arguments(
     raise UserError(f"seed must be at least 0, got {seed}")
   if num_epochs is not None and num_epochs < 1:
     raise UserError(f"num_epochs must be at least 1 or None, got {num_epochs}")
-
-
-def _feistel(numbers, width: int, height: int, keys):
-  """A bijection on [0, width * height)."""
-  left = numbers // width
-  right = (numbers - left * width).astype(np.uint32)
-  left = left.astype(np.uint32)
-  for i, key in enumerate(keys):
-    if i % 2:
-      right = _shift(right, left, width, key)
-    else:
-      left = _shift(left, right, height, key)
-  return left.astype(np.int64) * width + right
-
-
-def _shift(moved, by, size: int, key):
-  """`moved` plus a keyed hash of `by`, modulo `size`."""
-  mixed = by ^ key
-  for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-    mixed ^= mixed >> np.uint32(shift)
-    mixed *= np.uint32(factor)
-  mixed ^= mixed >> np.uint32(16)
-  # Neither step divides: the high half of a product takes 32 random bits to
-  # [0, size), and below zero the difference wraps to a large number.
-  scaled = mixed.astype(np.uint64) * np.uint64(size) >> np.uint64(32)
-  moved = moved + scaled.astype(np.uint32)
-  return np.minimum(moved, moved - np.uint32(size))
 
 
 def _default_cache() -> pathlib.Path:

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+from recjax.batch import TrialRows
 from recjax.schema import Schema
 
 GROUPS = ("group", "query")
@@ -25,6 +27,7 @@ class Block:
       that tell the groups apart.
     time: Each example's own time in seconds; only where the schema has event
       times.
+    trial: What was drawn and seen; only where the schema has a trial.
   """
 
   dense: Float[np.ndarray, "n num_dense"]
@@ -34,6 +37,7 @@ class Block:
   labels: dict[str, Float[np.ndarray, " n"]]
   groups: dict[str, Int[np.ndarray, " n"]]
   time: Float[np.ndarray, " n"] | None = None
+  trial: TrialRows | None = None
 
   def take(self, chosen: Shaped[np.ndarray, " m"]) -> "Block":
     """The rows at `chosen`, their numbers or a mask."""
@@ -52,6 +56,7 @@ class Block:
       labels=take(self.labels),
       groups=take(self.groups),
       time=None if self.time is None else self.time[chosen],
+      trial=jax.tree.map(lambda array: array[chosen], self.trial),
     )
 
 
@@ -73,6 +78,8 @@ class RowLayout:
     self.vector_parts = [self._words(f.dim) for f in self.vectors]
     self.has_time = any(f.time is not None for f in self.lists)
     self.time = self._words(2 * self.has_time)
+    self.has_trial = schema.trial is not None
+    self.trial = self._words(5 * self.has_trial)
     # List feature -> words of an entry, and which of them hold which ids.
     self.entry_words, self.id_words = {}, {}
     for feature in self.lists:
@@ -115,7 +122,25 @@ class RowLayout:
       floats[:, part] = block.vectors[feature.name]
     if self.has_time:
       rows[:, self.time] = _words_of(block.time)
+    if self.has_trial:
+      trial, first = block.trial, self.trial.start
+      rows[:, first] = trial.treatment
+      rows[:, first + 1] = trial.cluster
+      numbers = (trial.response, trial.cost, trial.propensity)
+      floats[:, first + 2 : first + 5] = np.stack(numbers, axis=1)
     return rows
+
+  def unpack_trial(self, rows: Int[np.ndarray, "n num_words"]) -> TrialRows:
+    """What `pack` made of `Block.trial`."""
+    words = np.ascontiguousarray(rows[:, self.trial].T)
+    response, cost, propensity = words[2:].view("<f4")
+    return TrialRows(
+      treatment=words[0],
+      response=response,
+      cost=cost,
+      propensity=propensity,
+      cluster=words[1],
+    )
 
   def pack_values(
     self, feature: str, values, time, sides

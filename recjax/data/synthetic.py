@@ -12,9 +12,12 @@ python -m experiments.run --config=experiments/configs/msn.py:base \\
     --config.data.claim=memory_rules --config.data.control=True
 ```
 
-`memory_rules` is MSN's: thousands of rules to remember; `where_to_look` is
-HyFormer's: two events to find in a history, one after the other. What a claim
-plants stands in its file under `recjax/data/claims/`.
+Of the claims, `memory_rules` is MSN's: thousands of rules to remember;
+`where_to_look` is HyFormer's: two events to find in a history, one after the
+other; `scenario_tasks` is MDL's: scenarios that shift what matters, tasks that
+conflict or help; `early_adopters` is PROMO's: users who tell the type of a
+new item. What a claim plants stands in its file under
+`recjax/data/claims/`.
 
 The rows are in the order of their time; the last tenth is the test part, the
 tenth before it validation. Beside the rows lies `best_scores.json`, what
@@ -30,7 +33,12 @@ import pyarrow as pa
 from etils import epath
 from jaxtyping import Float
 
-from recjax.data.claims import memory_rules, where_to_look
+from recjax.data.claims import (
+  early_adopters,
+  memory_rules,
+  scenario_tasks,
+  where_to_look,
+)
 from recjax.data.claims.common import SHARE, Claim
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.vocabulary import save_values
@@ -42,8 +50,10 @@ VERSION = 1
 _BLOCK_ROWS = 1 << 16
 
 CLAIMS = {
+  "early_adopters": early_adopters.make,
   "memory_rules": memory_rules.make,
   "where_to_look": where_to_look.make,
+  "scenario_tasks": scenario_tasks.make,
 }
 
 
@@ -52,7 +62,7 @@ class Config:
   """Options of the planted data.
 
   Attributes:
-    claim: What is planted: `memory_rules` or `where_to_look`.
+    claim: What is planted, a name of `CLAIMS`.
     control: True leaves the planted structure out.
     seed: Of the data; the seed of a run is another.
     num_rows: Rows of all parts together, at least 10.

@@ -34,14 +34,19 @@ from absl import logging
 
 from recjax.data import table_events
 from recjax.data.columns import Block, ColumnWriter
-from recjax.data.table_columns import read_ids, value_types_of, without_nan
-from recjax.data.table_source import Rows, Source, is_string
+from recjax.data.table_columns import (
+  group_keys,
+  read_ids,
+  value_types_of,
+  without_nan,
+)
+from recjax.data.table_source import Rows, Source
 from recjax.data.table_split import make_splitter
+from recjax.data.table_trial import TrialReader
 from recjax.data.vocabulary import (
   Buckets,
   Vocabulary,
   VocabularyBuilder,
-  hash_values,
   save_values,
 )
 from recjax.errors import UserError
@@ -91,7 +96,8 @@ def prepare(config: Config, directory: pathlib.Path) -> None:
   value_types = value_types_of(schema, source)
   splitter = make_splitter(schema.split, source, directory)
   tables, groups = _collect(schema, source, splitter, value_types)
-  encoder = _Encoder(schema, value_types, tables, groups)
+  trial = schema.trial and TrialReader(schema, source, splitter)
+  encoder = _Encoder(schema, value_types, tables, groups, trial)
   writer = ColumnWriter(directory, schema)
   counts = _Counts(schema)
   for rows in source.read(_used_columns(schema)):
@@ -112,7 +118,11 @@ def prepare(config: Config, directory: pathlib.Path) -> None:
         name,
       )
   sizes = {name: table.size for name, table in tables.items()}
-  writer.finish(dataclasses.replace(schema, vocab_sizes=sizes))
+  writer.finish(
+    dataclasses.replace(
+      schema, vocab_sizes=sizes, trial=trial and trial.prepared
+    )
+  )
   for name, table in tables.items():
     values = pa.array([], value_types[name])
     if isinstance(table, Vocabulary):
@@ -156,11 +166,12 @@ def read_raw(config: Config, split: str, num_rows: int) -> dict[str, list]:
 class _Encoder:
   """Turns rows of the table into blocks of the store, checking each value."""
 
-  def __init__(self, schema, value_types, tables, groups):
+  def __init__(self, schema, value_types, tables, groups, trial):
     self._schema = schema
     self._value_types = value_types
     self._tables = tables
     self._groups = groups
+    self._trial = trial
     self.simultaneous = collections.Counter()
 
   def encode(self, rows: Rows, writer: ColumnWriter) -> Block:
@@ -194,7 +205,7 @@ class _Encoder:
       vectors={f.name: self._vector(rows, f) for f in schema.vector_features},
       labels={v.name: self._label(rows, v) for v in schema.labels},
       groups={
-        name: vocabulary.lookup(_group_keys(rows, column))
+        name: vocabulary.lookup(group_keys(rows, column))
         for name, (column, vocabulary) in self._groups.items()
       },
       time=(
@@ -202,6 +213,7 @@ class _Encoder:
         if table_events.has_times(schema)
         else None
       ),
+      trial=self._trial and self._trial.read(rows),
     )
 
   def _dense(self, rows, name):
@@ -309,6 +321,7 @@ def _used_columns(schema: Schema) -> list[str]:
     *(label.name for label in schema.labels),
     *(name for name in roles if name is not None),
     *table_events.columns_of(schema),
+    *(schema.trial.columns if schema.trial else ()),
     *([schema.split.column] if schema.split.by != "random" else []),
   ]
 
@@ -338,7 +351,7 @@ def _collect(schema: Schema, source: Source, splitter, value_types):
     *([schema.split.column] if schema.split.by != "random" else []),
   ]
   if not needed:
-    needed = [schema.labels[0].name]  # Counts rows for the random split.
+    needed = _used_columns(schema)[:1]  # Counts rows for the random split.
   for rows in source.read(needed):
     in_train = splitter(rows) == SPLITS.index("train")
     for feature in features:
@@ -350,7 +363,7 @@ def _collect(schema: Schema, source: Source, splitter, value_types):
             array.filter(pa.array(chosen))
           )
     for name, column in columns.items():
-      groups[name].add(_group_keys(rows, column))
+      groups[name].add(group_keys(rows, column))
   tables = {
     name: (
       builders[name].finish()
@@ -362,15 +375,3 @@ def _collect(schema: Schema, source: Source, splitter, value_types):
   return tables, {
     name: (columns[name], builder.finish()) for name, builder in groups.items()
   }
-
-
-def _group_keys(rows: Rows, column: str) -> pa.Array:
-  """A 64-bit integer for each distinct value of any scalar column."""
-  array = rows.column(column)
-  if pa.types.is_temporal(array.type):
-    array = array.cast(f"int{array.type.bit_width}")
-  if not is_string(array.type):
-    return rows.cast(column, without_nan(array), pa.int64())
-  encoded = array.dictionary_encode()
-  keys = hash_values(encoded.dictionary).view(np.int64)
-  return pa.array(keys).take(encoded.indices)

@@ -6,7 +6,7 @@ import pyarrow.compute as pc
 
 from recjax.data import table_events
 from recjax.data.table_source import Rows, Source, is_list, is_number, is_string
-from recjax.data.vocabulary import VALUE_TYPES
+from recjax.data.vocabulary import VALUE_TYPES, hash_values
 from recjax.errors import UserError
 from recjax.schema import Feature, Schema
 
@@ -44,6 +44,18 @@ def read_ids(rows: Rows, feature: Feature, schema: Schema, value_types):
     for name, array in events.ids.items()
   }
   return values, events.lengths, events
+
+
+def group_keys(rows: Rows, column: str) -> pa.Array:
+  """A 64-bit integer for each distinct value of any scalar column."""
+  array = rows.column(column)
+  if pa.types.is_temporal(array.type):
+    array = array.cast(f"int{array.type.bit_width}")
+  if not is_string(array.type):
+    return rows.cast(column, without_nan(array), pa.int64())
+  encoded = array.dictionary_encode()
+  keys = hash_values(encoded.dictionary).view(np.int64)
+  return pa.array(keys).take(encoded.indices)
 
 
 def without_nan(array: pa.Array) -> pa.Array:

@@ -41,10 +41,7 @@ class FeatureTokens(nn.Module):
     inputs = ConcatFeatures(
       self.schema, self.numeric_dim, self.dtype, name="inputs"
     )(batch, rows)
-    width = -(-inputs.shape[-1] // self.num_tokens)
-    padding = width * self.num_tokens - inputs.shape[-1]
-    inputs = jnp.pad(inputs, ((0, 0), (0, padding)))
-    slices = inputs.reshape(-1, self.num_tokens, width).swapaxes(0, 1)
+    slices = cut_into_tokens(inputs, self.num_tokens)
     return PerTokenDense(self.token_dim, self.dtype, name="project")(slices)
 
 
@@ -92,6 +89,16 @@ class ConcatFeatures(nn.Module):
     knots = self.param("knots", jax.nn.initializers.normal(1.0), shape)
     hinges = jax.nn.relu(dense[..., None] * slope[None] + knots[None])
     return hinges.reshape(dense.shape[0], -1)
+
+
+def cut_into_tokens(
+  inputs: Float[Array, "batch width"], num_tokens: int
+) -> Float[Array, "tokens batch slice"]:
+  """Slices of equal width, the last one filled up with zeros."""
+  width = -(-inputs.shape[-1] // num_tokens)
+  padding = width * num_tokens - inputs.shape[-1]
+  inputs = jnp.pad(inputs, ((0, 0), (0, padding)))
+  return inputs.reshape(-1, num_tokens, width).swapaxes(0, 1)
 
 
 def concat_width(schema: Schema, embed_dim: int, numeric_dim: int = 0) -> int:

@@ -415,17 +415,15 @@ class StoreTest(parameterized.TestCase):
         self.assertFalse(batch.event_age[name][i][~mask].any())
     self.assertEqual(batch.event_age["liked"].dtype, np.float32)
 
-  def test_lengths_are_those_of_the_longest_sequence(self):
-    kept = {"watched": 4, "liked": 6, "seen": 3}
-    expected = np.max(
-      [
-        np.minimum(self.block.lists[name][1], limit)
-        for name, limit in kept.items()
-      ],
-      axis=0,
+  def test_lengths_are_those_that_are_kept(self):
+    rows = np.array([59, 0, 7])
+    expected = [
+      np.minimum(self.block.lists[name][1][rows], limit)
+      for name, limit in (("watched", 4), ("liked", 6), ("seen", 3))
+    ]
+    np.testing.assert_array_equal(
+      self.columns.lengths("train", rows), np.stack(expected, axis=1)
     )
-    np.testing.assert_array_equal(self.columns.lengths("train"), expected)
-    self.assertEqual(len(self.columns.lengths("test")), 0)
 
   def test_padding_has_no_events(self):
     padded = pad_batch(self.columns.read("train", np.arange(2)), 4)

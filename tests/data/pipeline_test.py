@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from absl.testing import absltest, parameterized
 
 import recjax.data
-from recjax.data import pipeline
+from recjax.data import length_buckets, permutation, pipeline
 from recjax.data.columns import Block, Columns, ColumnWriter
 from recjax.errors import UserError
 from recjax.schema import Feature, Label, Schema
@@ -47,22 +47,22 @@ class PermuteTest(parameterized.TestCase):
   )
   def test_every_row_once(self, num_rows):
     for seed, epoch in ((0, 0), (0, 1), (7, 0)):
-      rows = pipeline.permute(
+      rows = permutation.permute(
         np.arange(num_rows), num_rows, seed=seed, epoch=epoch
       )
       np.testing.assert_array_equal(np.sort(rows), np.arange(num_rows))
 
   def test_random_access_agrees_with_the_whole(self):
-    whole = pipeline.permute(np.arange(1000), 1000, seed=3, epoch=2)
+    whole = permutation.permute(np.arange(1000), 1000, seed=3, epoch=2)
     places = np.array([999, 0, 500, 3])
     np.testing.assert_array_equal(
-      pipeline.permute(places, 1000, seed=3, epoch=2), whole[places]
+      permutation.permute(places, 1000, seed=3, epoch=2), whole[places]
     )
 
   def test_huge_tables(self):
     num_rows = 3 * 10**12
     places = num_rows - 1 - np.arange(10000)
-    rows = pipeline.permute(places, num_rows, seed=0, epoch=0)
+    rows = permutation.permute(places, num_rows, seed=0, epoch=0)
     self.assertLen(set(rows.tolist()), 10000)
     self.assertTrue(((rows >= 0) & (rows < num_rows)).all())
     self.assertAlmostEqual(rows.mean() / num_rows, 0.5, delta=0.02)
@@ -70,7 +70,7 @@ class PermuteTest(parameterized.TestCase):
   def test_looks_random(self):
     num_rows, cells = 10_000, 10
     for epoch in range(3):
-      rows = pipeline.permute(
+      rows = permutation.permute(
         np.arange(num_rows), num_rows, seed=0, epoch=epoch
       )
       # Counts of (place, row) over a 10 x 10 grid: chi-square, 81 degrees of
@@ -91,7 +91,7 @@ class PermuteTest(parameterized.TestCase):
     counts = {}
     for epoch in range(6000):
       key = tuple(
-        pipeline.permute(np.arange(3), 3, seed=1, epoch=epoch).tolist()
+        permutation.permute(np.arange(3), 3, seed=1, epoch=epoch).tolist()
       )
       counts[key] = counts.get(key, 0) + 1
     self.assertLen(counts, 6)
@@ -117,7 +117,7 @@ class LoaderTest(parameterized.TestCase):
     batches = list(
       self.load(shuffle=shuffle, num_epochs=2, num_threads=num_threads)
     )
-    steps = pipeline.steps_per_epoch(103, 10)
+    steps = length_buckets.steps_per_epoch(103, 10)
     self.assertEqual(steps, 11)
     self.assertLen(batches, 2 * steps)
     self.assertEqual({b.size for b in batches}, {10})

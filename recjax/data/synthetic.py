@@ -13,8 +13,7 @@ python -m experiments.run --config=experiments/configs/msn.py:base \\
 ```
 
 Of the claims, `memory_rules` is MSN's: thousands of rules to remember;
-`where_to_look` is HyFormer's: two events to find in a history, one after the
-other; `scenario_tasks` is MDL's: scenarios that shift what matters, tasks that
+`scenario_tasks` is MDL's: scenarios that shift what matters, tasks that
 conflict or help; `early_adopters` is PROMO's: users who tell the type of a
 new item. What a claim plants stands in its file under
 `recjax/data/claims/`.
@@ -37,7 +36,6 @@ from recjax.data.claims import (
   early_adopters,
   memory_rules,
   scenario_tasks,
-  where_to_look,
 )
 from recjax.data.claims.common import SHARE, Claim
 from recjax.data.columns import Block, ColumnWriter
@@ -52,7 +50,6 @@ _BLOCK_ROWS = 1 << 16
 CLAIMS = {
   "early_adopters": early_adopters.make,
   "memory_rules": memory_rules.make,
-  "where_to_look": where_to_look.make,
   "scenario_tasks": scenario_tasks.make,
 }
 

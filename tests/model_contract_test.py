@@ -89,7 +89,7 @@ TINY = {
   "transformer_rankmixer": SEQUENCE,
   "din_rankmixer": RANKMIXER | {"event_dim": 4, "attention_dims": [6]},
 }
-TINY["mdl"] = RANKMIXER | {"num_layers": 2, "num_heads": 2, "domain_dim": 4}
+TINY["mdl"] = RANKMIXER | {"num_heads": 2, "domain_dim": 4}
 for _name in ("shared_bottom", "mmoe", "ple", "star", "hmoe", "pepnet"):
   TINY[_name] = RANKMIXER | {"head_dim": 6}
 # Other forms of a method: name -> (method, overrides on top of its TINY).
@@ -126,6 +126,7 @@ VARIANTS = {
     "mdl",
     {
       "body": "msn",
+      "num_layers": 2,
       "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
       "balance": {"kind": "uncertainty"},
       "scenario_priors": [{"token": "1", "features": ["age", "tags"]}],

@@ -6,7 +6,7 @@ are; the rest, splits, checks and the trial itself, is `recjax.data.table`'s.
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -62,6 +62,29 @@ def read_file(path: pathlib.Path, columns: Iterable[str]) -> pa.Table:
     )
   check_columns(path, found.column_names, columns)
   return found
+
+
+def stream_csv(
+  path: pathlib.Path, needed: Iterable[str]
+) -> Iterator[pa.RecordBatch]:
+  """The rows of a CSV file, `.gz` too, block by block.
+
+  A column's type is that of its first block; an empty field is null.
+  """
+  try:
+    with pa.csv.open_csv(
+      path,
+      read_options=pa.csv.ReadOptions(block_size=1 << 24),
+      convert_options=pa.csv.ConvertOptions(
+        strings_can_be_null=True, null_values=["", "NA", "NaN", "nan"]
+      ),
+    ) as reader:
+      check_columns(path, reader.schema.names, needed)
+      yield from reader
+  except (pa.ArrowInvalid, OSError) as error:
+    raise UserError(f"{path}: cannot be read ({error}); check the file") from (
+      error
+    )
 
 
 def check_columns(path, found: Iterable[str], needed: Iterable[str]) -> None:

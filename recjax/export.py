@@ -83,6 +83,11 @@ def export_run(workdir: str, output: str) -> pathlib.Path:
   if target.exists():
     raise UserError(f"{target}: exists; give another --output")
   run = restore.open_run(workdir, one_device=True)
+  if run.method.is_trial:
+    raise UserError(
+      f"{workdir}: is a run of {run.method.name}, whose predictions serve an "
+      "allocation; write a plan with experiments.allocate"
+    )
   golden = export_golden.golden_rows(run)
   target.parent.mkdir(parents=True, exist_ok=True)
   scratch = pathlib.Path(
@@ -127,7 +132,7 @@ def make_artefact(
   weights |= {f"tables/{name}": table for name, table in tables.items()}
 
   def predict(weights, arrays):
-    batch = _batch(arrays, method)
+    batch = batch_of(arrays, method)
     tables = {name: weights[f"tables/{name}"] for name in method.tables}
     return method.apply(
       jax.tree.unflatten(structure, [weights[path] for path in paths]),
@@ -281,9 +286,7 @@ def _manifest(
     "jax": jax.__version__,
     "platforms": program.platforms,
     "calling_convention_version": program.calling_convention_version,
-    "tasks": {
-      task: schema.label(task).kind for task in run.method.config.tasks
-    },
+    "tasks": {task: schema.label(task).kind for task in run.method.tasks},
     "units": {v.name: v.unit for v in schema.labels if v.unit is not None},
     **description,
     "num_weights": len(weights),
@@ -337,7 +340,7 @@ def _array_shapes(schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
-def _batch(arrays: Mapping[str, Array], method: Method) -> Batch:
+def batch_of(arrays: Mapping[str, Array], method: Method) -> Batch:
   """The arrays as models know them; there are no labels."""
   parts = {"ids": {}, "id_mask": {}, "vectors": {}, "event_age": {}}
   for name, array in arrays.items():
@@ -349,8 +352,8 @@ def _batch(arrays: Mapping[str, Array], method: Method) -> Batch:
   return Batch(
     dense=arrays["dense"],
     **parts,
-    labels=dict.fromkeys(method.config.tasks, zeros),
-    label_mask=dict.fromkeys(method.config.tasks, jnp.zeros_like(mask)),
+    labels=dict.fromkeys(method.tasks, zeros),
+    label_mask=dict.fromkeys(method.tasks, jnp.zeros_like(mask)),
     scenario=(
       jnp.zeros_like(mask, jnp.int32)
       if schema.roles.scenario is None
@@ -376,7 +379,7 @@ def _readme(run: restore.Run) -> str:
       kinds |= {f.time: f"times of `{f.name}`"}
       kinds |= {schema.roles.time: "the row's own time"}
   rows = "\n".join(f"| `{name}` | {kind} |" for name, kind in kinds.items())
-  dataset, tasks = run.result["dataset"], ", ".join(run.method.config.tasks)
+  dataset, tasks = run.result["dataset"], ", ".join(run.method.tasks)
   source = (
     "They are the columns of the table, with its raw values."
     if dataset == "table"

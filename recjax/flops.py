@@ -85,7 +85,7 @@ def count_flops(method: Method, batch_size: int = 64) -> Flops:
   """
   params, tables = jax.eval_shape(method.init, jax.random.key(0))
   batch = jax.eval_shape(
-    lambda: empty_batch(method.schema, method.config.tasks, batch_size)
+    lambda: empty_batch(method.schema, method.tasks, batch_size)
   )
 
   def run(params, tables, batch):

@@ -6,6 +6,9 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
 * `Model(config, schema)`: a Linen module; `model(batch, rows, *, train) ->
   (predictions, aux)`. `rows[table][feature]` are the embedding rows of the
   batch; `predictions[task]` is a logit (or the `symlog` of a real label).
+  A method whose `Config` has no `tasks` learns from a randomised trial
+  (`schema.trial`) and predicts the `response` and the `cost` of every
+  treatment, `[batch, treatments]` each, in the units of the data.
 * `tables(config, schema) -> {name: Table}`: the row-sparse tables.
 * `loss_fn(predictions, aux, batch, config) -> {name: (sum, weight)}`: the
   loss is the sum over names of sum / weight.
@@ -76,6 +79,16 @@ class Method:
     return self.module.tables(self.config, self.schema)
 
   @property
+  def tasks(self) -> tuple[str, ...]:
+    """Labels that it predicts; none for a method of a trial."""
+    return getattr(self.config, "tasks", ())
+
+  @property
+  def is_trial(self) -> bool:
+    """Whether it learns from a randomised trial, and not from labels."""
+    return not hasattr(self.config, "tasks")
+
+  @property
   def stages(self) -> tuple[Stage, ...]:
     """The parts of its training; one unless the file says otherwise."""
     if hasattr(self.module, "stages"):
@@ -89,7 +102,7 @@ class Method:
       name: table_lib.init_table(jax.random.fold_in(tables_rng, i), table)
       for i, (name, table) in enumerate(sorted(self.tables.items()))
     }
-    batch = empty_batch(self.schema, self.config.tasks)
+    batch = empty_batch(self.schema, self.tasks)
     variables = {in_model.TABLES: self._in_model(table_values)}
     _, mutated = self.model.apply(
       variables,
@@ -272,14 +285,26 @@ def load(name: str, config: Mapping[str, Any], schema: Schema) -> Method:
       label of the data.
   """
   module, built = load_config(name, config)
-  for task in built.tasks:
+  method = Method(name=name, module=module, config=built, schema=schema)
+  if method.is_trial:
+    _check_trial(name, schema)
+    return method
+  for task in method.tasks:
     schema.label(task)
   if not schema.id_features:
     raise UserError(
       f"model {name!r} needs an id: the data has no sparse or sequence "
       "feature; add one to its schema"
     )
-  return Method(name=name, module=module, config=built, schema=schema)
+  return method
+
+
+def _check_trial(name: str, schema: Schema) -> None:
+  if schema.trial is None:
+    raise UserError(
+      f"model {name!r} needs a randomised trial: the data has no treatments; "
+      'give its schema a "trial" block'
+    )
 
 
 def load_config(

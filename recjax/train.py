@@ -51,7 +51,8 @@ class Config:
     checkpoint_every_steps: Steps between checkpoints; 0 for one an evaluation.
     keep_checkpoints: How many of the newest to keep beside the best.
     monitor: The metric that the best checkpoint has the best value of; empty
-      for the AUC of the first task (or `rmse`, for a real label).
+      for the AUC of the first task (or `rmse`, for a real label), and for
+      `valid/trial/eom` of a trial.
     early_stop_patience: Evaluations without a better value that end the
       stage; 0 for never.
     non_finite: On a loss or gradient that is not finite: `stop`, or `skip`

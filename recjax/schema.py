@@ -97,8 +97,8 @@ class Feature:
 
   @property
   def vocab(self) -> str:
-    """Name of the vocabulary that the ids belong to."""
-    return self.vocabulary or self.name
+    """Name of the vocabulary that the ids or tokens belong to."""
+    return TOKENS if self.kind == "text" else self.vocabulary or self.name
 
 
 @dataclasses.dataclass(frozen=True)

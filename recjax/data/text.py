@@ -62,6 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
   tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(
     add_prefix_space=True
   )
+  tokenizer.decoder = library.decoders.ByteLevel()
   trainer = library.trainers.BpeTrainer(
     vocab_size=vocab_size,
     special_tokens=[_PADDING],

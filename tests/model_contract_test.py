@@ -88,6 +88,19 @@ TINY = {
   | {"merge_len": 2, "inner_trans": True, "global_tokens": ["target", "cls"]},
   "transformer_rankmixer": SEQUENCE,
   "din_rankmixer": RANKMIXER | {"event_dim": 4, "attention_dims": [6]},
+  "lemur": RANKMIXER
+  | {
+    "encoder": {
+      "dim": 8,
+      "num_heads": 2,
+      "mlp_dim": 6,
+      "query_layers": 1,
+      "document_layers": 1,
+    },
+    "decoder_layers": 1,
+    "memory_lengths": [3],
+    "bank_dtype": "float32",
+  },
 }
 TINY["mdl"] = RANKMIXER | {"num_layers": 2, "num_heads": 2, "domain_dim": 4}
 for _name in ("shared_bottom", "mmoe", "ple", "star", "hmoe", "pepnet"):
@@ -195,7 +208,12 @@ class Case:
     """Parameter paths and table names."""
     leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
     names = [optimizer_lib.path_name(path) for path, _ in leaves]
-    return names, sorted(self.method.tables)
+    return names, sorted(self.trained)
+
+  @property
+  def trained(self):
+    """The tables that are no bank."""
+    return {n: t for n, t in self.method.tables.items() if t.trained}
 
 
 make_case = functools.cache(Case)
@@ -294,7 +312,7 @@ class ModelContractTest(parameterized.TestCase):
     chex.assert_tree_all_finite(out)
     for path, grad in jax.tree_util.tree_leaves_with_path(out["params"]):
       self.assertTrue(jnp.any(grad != 0), optimizer_lib.path_name(path))
-    self.assertCountEqual(out["tables"], case.method.tables)
+    self.assertCountEqual(out["tables"], case.trained)
     for table, grad in out["tables"].items():
       self.assertTrue(jnp.any(grad != 0), table)
 
@@ -304,7 +322,8 @@ class ModelContractTest(parameterized.TestCase):
     case, batch = make_case(name), toy.make_batch()
     loss_fn, method = case.method.module.loss_fn, case.method
 
-    def loss(tables):
+    def loss(trained):
+      tables = case.state.tables | trained
       rows = method.read(tables, batch)
       predictions, aux, _ = method.apply(
         case.state.params, tables, rows, batch, train=True, rng=rng
@@ -318,7 +337,9 @@ class ModelContractTest(parameterized.TestCase):
 
     rng = jax.random.fold_in(jax.random.key(0), 0)
     with mock.patch.object(in_model, "weighted_gather", dense_gather):
-      expected = jax.jit(jax.grad(loss))(case.state.tables)
+      expected = jax.jit(jax.grad(loss))(
+        {name: case.state.tables[name] for name in case.trained}
+      )
     actual = case.evaluate(case.state, batch)["tables"]
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
@@ -391,7 +412,7 @@ class ModelContractTest(parameterized.TestCase):
       case.step(case.state, batch), case.step(again, batch)
     )
     other = case.init(jax.random.key(1))
-    for name, table in case.method.tables.items():
+    for name, table in case.trained.items():
       same = case.state.tables[name] == other.tables[name]
       self.assertFalse(bool(jnp.any(same[: table.num_rows])), name)
 
@@ -450,7 +471,7 @@ class ModelContractTest(parameterized.TestCase):
   def test_a_user_encoded_once_scores_as_every_pair_alone(self, name):
     case, candidates = make_case(name), toy.make_batch(3)
     user = _permute(toy.make_batch(4), slice(1))
-    names = ("item_id", "tags", "price", "content")
+    names = ("item_id", "tags", "price", "content", "title")
     ranker = serve.Ranker(case.method, names)
     state = case.state.replace(ema_params=None)
     user_state = ranker.encode_user(state, user)

@@ -126,6 +126,13 @@ def start_stage(state: TrainState, config: StepConfig) -> TrainState:
     return fresh.replace(
       step=state.step, num_skipped=state.num_skipped, rng=state.rng
     )
+  if config.stage.empty_banks:
+    empty = {
+      name: jnp.zeros_like(state.tables[name])
+      for name, table in config.method.tables.items()
+      if not table.trained
+    }
+    state = state.replace(tables=state.tables | empty)
   optimizer = config.dense_optimizer(state.params)
   return state.replace(
     # The best state of the stage before is older than its last.

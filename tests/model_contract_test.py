@@ -102,6 +102,7 @@ TINY = {
     "bank_dtype": "float32",
   },
 }
+TINY["two_stage_content"] = TINY["lemur"]
 TINY["mdl"] = RANKMIXER | {"num_layers": 2, "num_heads": 2, "domain_dim": 4}
 for _name in ("shared_bottom", "mmoe", "ple", "star", "hmoe", "pepnet"):
   TINY[_name] = RANKMIXER | {"head_dim": 6}

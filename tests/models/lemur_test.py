@@ -360,6 +360,37 @@ class FlopsTest(absltest.TestCase):
     products = 2 * layer(length) + layer(1)
     self.assertBetween(counted, products, 1.35 * products)
 
+  def test_a_sample_saves_the_forward_and_the_backward_pass_apart(self):
+    # The paper's table: 100/100, 100/20 and 20/20 % differ by 0.8 of a
+    # backward and 0.8 of a forward pass of the document's encoder.
+    def step_flops(forward, backward):
+      method = make_method(
+        encoder={
+          "dim": 64,
+          "num_heads": 2,
+          "document_layers": 4,
+          "mlp_dim": 256,
+        },
+        forward_rate=forward,
+        backward_rate=backward,
+      )
+      config = train_state.StepConfig(method, method.stages[0], OPTIMIZER, 10)
+      state = jax.eval_shape(
+        functools.partial(train_state.init_state, config=config),
+        jax.random.key(0),
+      )
+      step = functools.partial(train_state.train_step, config=config)
+      batch = toy.make_batch(size=20)
+      return jax.jit(step).lower(state, batch).cost_analysis()["flops"]
+
+    everything = step_flops(1.0, 1.0)
+    forward_only, sampled = step_flops(1.0, 0.2), step_flops(0.2, 0.2)
+    encoder_backward = (everything - forward_only) / 0.8
+    encoder_forward = (forward_only - sampled) / 0.8
+    # A way back is two products for each of the way there.
+    self.assertBetween(encoder_backward / encoder_forward, 1.7, 2.3)
+    self.assertLess(sampled, 0.65 * everything)
+
 
 if __name__ == "__main__":
   absltest.main()

@@ -7,8 +7,10 @@ model.bin               the program, serialised by `jax.export`: batch size
 params.safetensors      dense parameters (their average where the run has one)
 tables.safetensors      row-sparse tables as stored
 vocabulary.safetensors  sorted 64-bit keys of ids, and their rows
+tokenizer.json          the subwords, where columns hold text
 golden.json             raw rows of the test part and their scores
-score.py                loads all this; needs JAX, NumPy and flatbuffers
+score.py                loads all this; needs JAX, NumPy and flatbuffers,
+                        and tokenizers for columns of text
 README.md               how to use it
 ```
 
@@ -44,6 +46,7 @@ from recjax import export_golden, raw_rows, restore
 from recjax import optimizer as optimizer_lib
 from recjax import scorer as scorer_lib
 from recjax.batch import Batch
+from recjax.data import text as text_lib
 from recjax.data.columns import Columns
 from recjax.data.vocabulary import hash_values, load_values
 from recjax.errors import UserError
@@ -235,6 +238,7 @@ def _write(folder: pathlib.Path, run: restore.Run, golden: dict[str, Any]):
     )
   description, tensors = describe_data(run.columns)
   write_tensors(folder / "vocabulary.safetensors", tensors)
+  text_lib.copy_tokenizer(run.columns.directory, folder)
   write_json(
     folder / "manifest.json", _manifest(run, program, weights, description)
   )
@@ -332,6 +336,10 @@ def _array_shapes(schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
     if feature.time is not None:
       shape = (size, feature.max_len)
       shapes[f"event_age/{feature.name}"] = (shape, jnp.float32)
+  for feature in schema.text_features:
+    shape = (size, feature.max_len)
+    shapes[f"tokens/{feature.name}"] = (shape, jnp.int32)
+    shapes[f"token_mask/{feature.name}"] = (shape, jnp.bool_)
   for feature in schema.vector_features:
     shapes[f"vectors/{feature.name}"] = ((size, feature.dim), jnp.float32)
   return {
@@ -342,7 +350,8 @@ def _array_shapes(schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
 
 def batch_of(arrays: Mapping[str, Array], method: Method) -> Batch:
   """The arrays as models know them; there are no labels."""
-  parts = {"ids": {}, "id_mask": {}, "vectors": {}, "event_age": {}}
+  kinds = "ids id_mask vectors event_age tokens token_mask".split()
+  parts = {kind: {} for kind in kinds}
   for name, array in arrays.items():
     kind, _, feature = name.partition("/")
     if kind in parts:
@@ -386,10 +395,13 @@ def _readme(run: restore.Run) -> str:
     else f"Ids are raw ones. What recjax.data.{dataset} computes from a log "
     "(rates, counts, histories, buckets) is the task of your feature store."
   )
+  libraries = "numpy flatbuffers"
+  if schema.text_features:
+    libraries += " tokenizers"
   return f"""# {run.result["model"]} on {dataset}, step {run.step}
 
 ```
-pip install 'jax>={jax.__version__}' numpy flatbuffers
+pip install 'jax>={jax.__version__}' {libraries}
 python score.py --check
 python score.py --input=rows.jsonl
 ```

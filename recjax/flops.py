@@ -121,7 +121,9 @@ def count_params(method: Method) -> dict[str, int]:
   counts = Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     counts["/".join(["Model", *(key.key for key in path[:-1])])] += leaf.size
-  tables = {n: t.num_rows * t.dim for n, t in method.tables.items()}
+  tables = {
+    n: t.num_rows * t.dim for n, t in method.tables.items() if t.trained
+  }
   return {**counts, **tables}
 
 

@@ -9,7 +9,9 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
   A method whose `Config` has no `tasks` learns from a randomised trial
   (`schema.trial`) and predicts the `response` and the `cost` of every
   treatment, `[batch, treatments]` each, in the units of the data.
-* `tables(config, schema) -> {name: Table}`: the row-sparse tables.
+* `tables(config, schema) -> {name: Table}`: the row-sparse tables. Those that
+  are not trained are banks: the model reads their rows as constants, and puts
+  `{name: Writes}` into `aux["writes"]`, which a training step then writes.
 * `loss_fn(predictions, aux, batch, config) -> {name: (sum, weight)}`: the
   loss is the sum over names of sum / weight.
 * Optional `STAGES`, a tuple of `recjax.stage.Stage`: training in several
@@ -358,6 +360,13 @@ def empty_batch(schema: Schema, tasks: tuple[str, ...], size: int = 1) -> Batch:
       f.name: jnp.zeros((size, f.max_len)) for f in schema.sequences if f.time
     },
     trial=None if schema.trial is None else _empty_trial(size),
+    tokens={
+      f.name: jnp.zeros((size, f.max_len), jnp.int32)
+      for f in schema.text_features
+    },
+    token_mask={
+      f.name: jnp.zeros((size, f.max_len), bool) for f in schema.text_features
+    },
     real_labels=frozenset(
       label.name for label in schema.labels if label.kind == "real"
     ),

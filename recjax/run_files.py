@@ -134,11 +134,13 @@ def count_params(method: Method) -> dict[str, int]:
   """
   params, _, reads = _shapes(method)
   dense = sum(leaf.size for leaf in jax.tree.leaves(params))
-  sparse = sum(table.num_rows * table.dim for table in method.tables.values())
+  trained = {n: t for n, t in method.tables.items() if t.trained}
+  sparse = sum(table.num_rows * table.dim for table in trained.values())
   batch = empty_batch(method.schema, method.tasks)
   active = sum(
     ids.size * method.tables[name].dim
     for name, ids in jax.eval_shape(method.ids, batch).items()
+    if name in trained
   )
   active += sum(
     entry["ids"].size * method.tables[name].dim for name, entry in reads.items()

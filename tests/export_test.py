@@ -49,7 +49,14 @@ def make_case(name):
 def arrays_of(batch):
   """What `scorer_lib.Encoder` gives for a batch."""
   arrays = {"dense": batch.dense, "example_mask": batch.example_mask}
-  for kind in ("ids", "id_mask", "vectors", "event_age"):
+  for kind in (
+    "ids",
+    "id_mask",
+    "vectors",
+    "event_age",
+    "tokens",
+    "token_mask",
+  ):
     arrays |= {f"{kind}/{k}": v for k, v in getattr(batch, kind).items()}
   return arrays
 

@@ -70,6 +70,19 @@ TINY = {
   "transformer_rankmixer": SEQUENCE,
   "din_rankmixer": RANKMIXER | {"event_dim": 4, "attention_dims": [6]},
 }
+TINY["lemur"] = RANKMIXER | {
+  "encoder": {
+    "dim": 8,
+    "num_heads": 2,
+    "mlp_dim": 6,
+    "query_layers": 1,
+    "document_layers": 1,
+  },
+  "decoder_layers": 1,
+  "memory_lengths": [3],
+  "bank_dtype": "float32",
+}
+TINY["two_stage_content"] = TINY["lemur"]
 TINY["mdl"] = RANKMIXER | {"num_heads": 2, "domain_dim": 4}
 for _name in ("shared_bottom", "mmoe", "ple", "star", "hmoe", "pepnet"):
   TINY[_name] = RANKMIXER | {"head_dim": 6}

@@ -83,15 +83,20 @@ class Case:
     """Parameter paths and table names that a stage trains."""
     leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
     names = [optimizer_lib.path_name(path) for path, _ in leaves]
-    trained = lambda name: any(re.fullmatch(r, name) for r in stage.trainable)  # noqa: E731
-    tables = sorted(filter(trained, self.method.tables))
-    return list(filter(trained, names)), tables
+    chosen = lambda name: any(re.fullmatch(r, name) for r in stage.trainable)  # noqa: E731
+    tables = sorted(filter(chosen, self.trained))
+    return list(filter(chosen, names)), tables
 
   def num_counted(self, batch, term):
     """Examples that a loss term is a mean over."""
     if self.is_trial:
       return batch.example_mask.sum()
     return batch.label_mask[term].sum()
+
+  @property
+  def trained(self):
+    """The tables that are no bank."""
+    return {n: t for n, t in self.method.tables.items() if t.trained}
 
 
 make_case = functools.cache(Case)
@@ -235,7 +240,8 @@ class ModelContractTest(parameterized.TestCase):
     method, stage = case.method, case.method.stages[0]
     loss_fn = stage.loss_fn or method.module.loss_fn
 
-    def loss(tables):
+    def loss(trained):
+      tables = case.state.tables | trained
       rows = method.read(tables, batch)
       predictions, aux, _ = method.apply(
         case.state.params, tables, rows, batch, train=True, rng=rng
@@ -249,7 +255,9 @@ class ModelContractTest(parameterized.TestCase):
 
     rng = jax.random.fold_in(jax.random.key(0), 0)
     with mock.patch.object(in_model, "weighted_gather", dense_gather):
-      expected = jax.jit(jax.grad(loss))(case.state.tables)
+      expected = jax.jit(jax.grad(loss))(
+        {name: case.state.tables[name] for name in case.trained}
+      )
     actual = case.evaluate(case.state, batch)["tables"]
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
@@ -324,7 +332,7 @@ class ModelContractTest(parameterized.TestCase):
       case.step(case.state, batch), case.step(again, batch)
     )
     other = case.init(jax.random.key(1))
-    for name, table in case.method.tables.items():
+    for name, table in case.trained.items():
       same = case.state.tables[name] == other.tables[name]
       self.assertFalse(bool(jnp.any(same[: table.num_rows])), name)
 
@@ -383,7 +391,7 @@ class ModelContractTest(parameterized.TestCase):
   def test_a_user_encoded_once_scores_as_every_pair_alone(self, name):
     case, candidates = make_case(name), toy.make_batch(3)
     user = _permute(toy.make_batch(4), slice(1))
-    names = ("item_id", "tags", "price", "content")
+    names = ("item_id", "tags", "price", "content", "title")
     ranker = serve.Ranker(case.method, names)
     state = case.state.replace(ema_params=None)
     user_state = ranker.encode_user(state, user)

@@ -1,8 +1,9 @@
 """Gradient-boosted trees on the features that the models of a recipe see.
 
 Dense columns enter as they are, single ids as numbers (small vocabularies as
-categories), vectors by their entries, and sequences and sets by their length:
-trees have no embeddings. Trained on the training part, stopped early on the
+categories), vectors by their entries, and sequences and sets by their length
+and, where events have times, the age of the last: trees have no embeddings.
+Trained on the training part, stopped early on the
 validation part, like the models. Needs LightGBM, which the `dev` extra brings.
 """
 
@@ -15,6 +16,7 @@ import lightgbm
 import numpy as np
 
 from recjax import run_files
+from recjax.batch import Batch
 from recjax.data.columns import Columns
 from recjax.data.pipeline import open_dataset
 from recjax.errors import UserError
@@ -142,7 +144,8 @@ def _columns(columns: Columns) -> tuple[list[str], list[str]]:
   schema = columns.schema
   single = [f for f in schema.id_features if not f.is_list]
   names = [f.name for f in schema.dense_features] + [f.name for f in single]
-  names += [f"{f.name}_length" for f in schema.id_features if f.is_list]
+  names += [f"{f.name}_length" for f in schema.features if f.is_list]
+  names += [f"{f.name}_last_age" for f in schema.sequences if f.time]
   for feature in schema.vector_features:
     names += [f"{feature.name}_{i}" for i in range(feature.dim)]
   categories = [
@@ -162,8 +165,11 @@ def _matrix(columns: Columns, split: str, task: str) -> dict:
   ):
     batch = columns.read(split, rows)
     single = [batch.ids[f.name] for f in schema.id_features if not f.is_list]
-    lengths = [mask.sum(axis=1) for mask in batch.id_mask.values()]
-    x = np.stack([*single, *lengths], axis=1).astype(np.float32)
+    lengths = [
+      batch.id_mask[f.name].sum(axis=1) for f in schema.features if f.is_list
+    ]
+    ages = [_last_age(batch, f.name) for f in schema.sequences if f.time]
+    x = np.stack([*single, *lengths, *ages], axis=1).astype(np.float32)
     vectors = [batch.vectors[f.name] for f in schema.vector_features]
     seen = batch.label_mask[task]
     blocks.append(
@@ -181,3 +187,12 @@ def _matrix(columns: Columns, split: str, task: str) -> dict:
       for k in blocks[0]["groups"]
     },
   }
+
+
+def _last_age(batch: Batch, sequence: str) -> np.ndarray:
+  """Seconds since the last event, NaN where there is none."""
+  last = batch.id_mask[sequence].sum(axis=1) - 1
+  age = np.take_along_axis(
+    batch.event_age[sequence], np.maximum(last, 0)[:, None], axis=1
+  )[:, 0]
+  return np.where(last >= 0, age, np.nan)

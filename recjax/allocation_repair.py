@@ -3,8 +3,8 @@
 The plan of a price leaves less than the next step costs. Some other steps fit:
 they are taken in the order of their response per cost, until none fits. That is
 greedy and cannot be far off, since the rest is a single step's cost. Where
-users are few, so that a step is worth a share of the whole, pairs of steps are
-tried too: one user's step back pays for another's.
+users are few, so that a step is worth a share of the whole, another start and
+pairs of steps are tried too: one user's step back pays for another's.
 """
 
 from typing import NamedTuple
@@ -53,21 +53,23 @@ def spend_rest(
       worth about as much as they cost at it are tried in pairs.
 
   Returns:
-    A plan to which no single step to more response can be added, found from
-    two starts: steps by response per cost, and the same after the one step
-    that brings most.
+    A plan to which no single step to more response can be added: by response
+    per cost, or, of few users, after the one step that brings most if that
+    ends better.
   """
   plan = _Plan(response, cost, choice, limits)
   plan.trim()
+  if len(choice) > _MAX_PAIR_USERS:
+    plan.fill()
+    return plan.choice
   other = plan.copy()
   plan.fill()
   other.take_largest()
   other.fill()
-  if len(choice) <= _MAX_PAIR_USERS:
-    if limits.segment is not None:
-      price = price[limits.segment]
-    plan.exchange(price)
-    other.exchange(price)
+  if limits.segment is not None:
+    price = price[limits.segment]
+  plan.exchange(price)
+  other.exchange(price)
   return max(plan, other, key=lambda each: each.gain()).choice
 
 

@@ -60,6 +60,8 @@ class Batch:
       masked. For the sequences whose schema names `time`.
     trial: What was drawn and seen, if the data is a randomised trial. Not an
       input: it is None when a model serves.
+    tokens: Text feature -> subword numbers, 0 where masked.
+    token_mask: Text feature -> valid positions, the first ones of each row.
     real_labels: Names of the labels that are real-valued; the others are
       binary. Static under `jit`.
   """
@@ -77,6 +79,12 @@ class Batch:
     default_factory=dict
   )
   trial: TrialRows | None = None
+  tokens: Mapping[str, Int[Array, "batch max_len"]] = struct.field(
+    default_factory=dict
+  )
+  token_mask: Mapping[str, Bool[Array, "batch max_len"]] = struct.field(
+    default_factory=dict
+  )
   real_labels: frozenset[str] = struct.field(
     pytree_node=False, default=frozenset()
   )

@@ -81,8 +81,9 @@ def check_network(config: Any, **least: int) -> None:
     UserError: If there is no task or one twice, a size is not positive, a rate
       is not in [0, 1), or the type of the computation is unknown.
   """
-  tasks = config.tasks
-  if not tasks or len(set(tasks)) < len(tasks):
+  # A method of a trial has no tasks.
+  tasks = getattr(config, "tasks", None)
+  if tasks is not None and (not tasks or len(set(tasks)) < len(tasks)):
     raise UserError(
       f"model.tasks must name at least one label, each once, got {tasks!r}"
     )

@@ -16,7 +16,7 @@ from recjax.data.length_buckets import LengthBuckets
 from recjax.data.pipeline import make_loader
 from recjax.layers import domain_attention
 from recjax.method import Method
-from recjax.metrics import calibration, slices, summary
+from recjax.metrics import calibration, slices, summary, trial
 from recjax.train_state import TrainState
 
 # Batches computed at a time. XLA runs parts of a program, its top-k among
@@ -29,11 +29,13 @@ class Evaluation:
   """What one pass over a split gives.
 
   Attributes:
-    metrics: `<split>/<task>/<metric>` -> value, and the method's diagnostics
-      as `<split>/<name>`. Data with scenarios also has means over them, by
-      task and, of all binary tasks, as `<split>/macro_<metric>`.
+    metrics: `<split>/<task>/<metric>` -> value (`<split>/trial/<metric>` for a
+      method of a trial), and the method's diagnostics as `<split>/<name>`. Data
+      with scenarios also has means over them, by task and, of all binary tasks,
+      as `<split>/macro_<metric>`.
     examples: Task -> {"score", "label"}, NaN where a label is missing; and
-      `group` -> ids. One entry an example, in the order of the rows.
+      `group` -> ids. Of a trial: `trial` -> predicted tables, and what was
+      drawn and seen. One entry an example, in the order of the rows.
     counters: The method's sums; see `recjax.method`.
     cells: Task -> its cells by scenario; empty where the data has none.
   """
@@ -58,12 +60,13 @@ def forward(
     state.eval_params, state.tables, rows, batch, train=False
   )
   predictions = aux[output] if output else predictions
-  tasks = tuple(predictions)
+  tasks = () if method.is_trial else tuple(predictions)
   return {
     "predictions": predictions,
     "labels": {task: batch.labels[task] for task in tasks},
     "label_mask": {task: batch.label_mask[task] for task in tasks},
     "groups": dict(batch.groups),
+    "trial": batch.trial if method.is_trial else None,
     "scenario": batch.scenario,
     "example_mask": batch.example_mask,
     "counters": aux.get("counters", {}),
@@ -113,6 +116,17 @@ def evaluate(
     place = np.argsort(buckets.order)
     output = jax.tree.map(lambda x: x[place], output)
 
+  run = _evaluate_trial if method.is_trial else _evaluate_tasks
+  metrics, examples, cells = run(output, columns, split)
+  summarize = getattr(method.module, "diagnostics", None)
+  if summarize is not None:
+    values = summarize(counters)
+    metrics |= {f"{split}/{k}": float(v) for k, v in values.items()}
+  return Evaluation(metrics, examples, counters, cells)
+
+
+def _evaluate_tasks(output, columns: Columns, split: str):
+  """Metrics and examples of each predicted label, and cells by scenario."""
   real = frozenset(v.name for v in columns.schema.labels if v.kind == "real")
   metrics, examples, cells = {}, {}, {}
   for task, scores in output["predictions"].items():
@@ -138,15 +152,37 @@ def evaluate(
   metrics |= _scenario_means(cells, real, split)
   if "group" in output["groups"]:
     examples["group"] = output["groups"]["group"]
-  summarize = getattr(method.module, "diagnostics", None)
-  if summarize is not None:
-    values = summarize(counters)
-    metrics |= {f"{split}/{k}": float(v) for k, v in values.items()}
-  return Evaluation(metrics, examples, counters, cells)
+  return metrics, examples, cells
+
+
+def _evaluate_trial(output, columns: Columns, split: str):
+  """Metrics of the decisions, all tables as examples, and no cells."""
+  predictions, rows = output["predictions"], output["trial"]
+  values = trial.summarize(
+    predictions["response"],
+    predictions["cost"],
+    rows,
+    truth=true_outcomes(columns, split),
+  )
+  metrics = {f"{split}/trial/{k}": v for k, v in values.items()}
+  seen = dataclasses.asdict(rows)
+  seen = {f"seen_{k}" if k in predictions else k: v for k, v in seen.items()}
+  return metrics, {"trial": {**predictions, **seen}}, {}
+
+
+def true_outcomes(columns: Columns, split: str):
+  """Response and cost of every treatment, where the data is planted."""
+  path = columns.directory / f"truth_{split}.npz"
+  if not path.exists():
+    return None
+  with np.load(path) as arrays:
+    return dict(arrays)
 
 
 def metric_names(method: Method, split: str) -> list[str]:
   """Names that `evaluate` will measure, but for the method's diagnostics."""
+  if method.is_trial:
+    return [f"{split}/trial/{name}" for name in trial.metric_names()]
   pair, roles = np.array([0.0, 1.0]), method.schema.roles
   columns = {"group": roles.group or roles.user, "query": roles.query}
   groups = {k: np.zeros(2, np.int32) for k, column in columns.items() if column}
@@ -154,7 +190,7 @@ def metric_names(method: Method, split: str) -> list[str]:
     "binary": summary.summarize(pair, pair, groups=groups),
     "real": summary.summarize_real(pair, pair),
   }
-  kinds = {task: method.schema.label(task).kind for task in method.config.tasks}
+  kinds = {task: method.schema.label(task).kind for task in method.tasks}
   found = [
     f"{split}/{task}/{name}"
     for task, kind in kinds.items()
@@ -182,7 +218,7 @@ def diagnostics(evaluation: Evaluation, method: Method) -> dict[str, Any]:
     its attention a token gives to each feature token.
   """
   reliability = {}
-  for task in method.config.tasks:
+  for task in method.tasks:
     if method.schema.label(task).kind == "binary":
       example = evaluation.examples[task]
       seen = np.isfinite(example["label"])

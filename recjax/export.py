@@ -7,8 +7,10 @@ model.bin               the program, serialised by `jax.export`: batch size
 params.safetensors      dense parameters (their average where the run has one)
 tables.safetensors      row-sparse tables as stored
 vocabulary.safetensors  sorted 64-bit keys of ids, and their rows
+tokenizer.json          the subwords, where columns hold text
 golden.json             raw rows of the test part and their scores
-score.py                loads all this; needs JAX, NumPy and flatbuffers
+score.py                loads all this; needs JAX, NumPy and flatbuffers,
+                        and tokenizers for columns of text
 README.md               how to use it
 ```
 
@@ -44,6 +46,7 @@ from recjax import export_golden, raw_rows, restore
 from recjax import optimizer as optimizer_lib
 from recjax import scorer as scorer_lib
 from recjax.batch import Batch
+from recjax.data import text as text_lib
 from recjax.data.columns import Columns
 from recjax.data.vocabulary import hash_values, load_values
 from recjax.errors import UserError
@@ -83,6 +86,11 @@ def export_run(workdir: str, output: str) -> pathlib.Path:
   if target.exists():
     raise UserError(f"{target}: exists; give another --output")
   run = restore.open_run(workdir, one_device=True)
+  if run.method.is_trial:
+    raise UserError(
+      f"{workdir}: is a run of {run.method.name}, whose predictions serve an "
+      "allocation; write a plan with experiments.allocate"
+    )
   golden = export_golden.golden_rows(run)
   target.parent.mkdir(parents=True, exist_ok=True)
   scratch = pathlib.Path(
@@ -127,7 +135,7 @@ def make_artefact(
   weights |= {f"tables/{name}": table for name, table in tables.items()}
 
   def predict(weights, arrays):
-    batch = _batch(arrays, method)
+    batch = batch_of(arrays, method)
     tables = {name: weights[f"tables/{name}"] for name in method.tables}
     return method.apply(
       jax.tree.unflatten(structure, [weights[path] for path in paths]),
@@ -230,6 +238,7 @@ def _write(folder: pathlib.Path, run: restore.Run, golden: dict[str, Any]):
     )
   description, tensors = describe_data(run.columns)
   write_tensors(folder / "vocabulary.safetensors", tensors)
+  text_lib.copy_tokenizer(run.columns.directory, folder)
   write_json(
     folder / "manifest.json", _manifest(run, program, weights, description)
   )
@@ -281,9 +290,7 @@ def _manifest(
     "jax": jax.__version__,
     "platforms": program.platforms,
     "calling_convention_version": program.calling_convention_version,
-    "tasks": {
-      task: schema.label(task).kind for task in run.method.config.tasks
-    },
+    "tasks": {task: schema.label(task).kind for task in run.method.tasks},
     "units": {v.name: v.unit for v in schema.labels if v.unit is not None},
     **description,
     "num_weights": len(weights),
@@ -329,6 +336,10 @@ def _array_shapes(schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
     if feature.time is not None:
       shape = (size, feature.max_len)
       shapes[f"event_age/{feature.name}"] = (shape, jnp.float32)
+  for feature in schema.text_features:
+    shape = (size, feature.max_len)
+    shapes[f"tokens/{feature.name}"] = (shape, jnp.int32)
+    shapes[f"token_mask/{feature.name}"] = (shape, jnp.bool_)
   for feature in schema.vector_features:
     shapes[f"vectors/{feature.name}"] = ((size, feature.dim), jnp.float32)
   return {
@@ -337,9 +348,10 @@ def _array_shapes(schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
   }
 
 
-def _batch(arrays: Mapping[str, Array], method: Method) -> Batch:
+def batch_of(arrays: Mapping[str, Array], method: Method) -> Batch:
   """The arrays as models know them; there are no labels."""
-  parts = {"ids": {}, "id_mask": {}, "vectors": {}, "event_age": {}}
+  kinds = "ids id_mask vectors event_age tokens token_mask".split()
+  parts = {kind: {} for kind in kinds}
   for name, array in arrays.items():
     kind, _, feature = name.partition("/")
     if kind in parts:
@@ -349,8 +361,8 @@ def _batch(arrays: Mapping[str, Array], method: Method) -> Batch:
   return Batch(
     dense=arrays["dense"],
     **parts,
-    labels=dict.fromkeys(method.config.tasks, zeros),
-    label_mask=dict.fromkeys(method.config.tasks, jnp.zeros_like(mask)),
+    labels=dict.fromkeys(method.tasks, zeros),
+    label_mask=dict.fromkeys(method.tasks, jnp.zeros_like(mask)),
     scenario=(
       jnp.zeros_like(mask, jnp.int32)
       if schema.roles.scenario is None
@@ -376,17 +388,20 @@ def _readme(run: restore.Run) -> str:
       kinds |= {f.time: f"times of `{f.name}`"}
       kinds |= {schema.roles.time: "the row's own time"}
   rows = "\n".join(f"| `{name}` | {kind} |" for name, kind in kinds.items())
-  dataset, tasks = run.result["dataset"], ", ".join(run.method.config.tasks)
+  dataset, tasks = run.result["dataset"], ", ".join(run.method.tasks)
   source = (
     "They are the columns of the table, with its raw values."
     if dataset == "table"
     else f"Ids are raw ones. What recjax.data.{dataset} computes from a log "
     "(rates, counts, histories, buckets) is the task of your feature store."
   )
+  libraries = "numpy flatbuffers"
+  if schema.text_features:
+    libraries += " tokenizers"
   return f"""# {run.result["model"]} on {dataset}, step {run.step}
 
 ```
-pip install 'jax>={jax.__version__}' numpy flatbuffers
+pip install 'jax>={jax.__version__}' {libraries}
 python score.py --check
 python score.py --input=rows.jsonl
 ```

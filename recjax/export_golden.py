@@ -75,6 +75,12 @@ def _raw_rows(run: restore.Run, batch: Batch) -> dict[str, list]:
     options = build(adapter.Config, data, "config.data")
     return adapter.read_raw(options, "test", batch.size)
   schema, raw = run.columns.schema, {}
+  if schema.text_features:
+    # The tokens of a text that was cut do not tell it.
+    raise UserError(
+      f"{adapter.__name__} cannot tell its raw texts, so an export could not "
+      "be checked; give the adapter read_raw(options, split, num_rows)"
+    )
   dense = run.columns.raw_dense("test")[: batch.size]
   for position, feature in enumerate(schema.dense_features):
     raw[feature.name] = dense[:, position].tolist()

@@ -158,6 +158,41 @@ def slot_usage(
   return fig
 
 
+def value_curve(
+  curve: Mapping[str, Shaped[np.ndarray, " budgets"]],
+  summary: Mapping[str, float],
+) -> figure.Figure:
+  """Value against budget: by the model, and by the held-out trial.
+
+  Args:
+    curve: `budget`, `value`, `held_out` and its interval `low` and `high`.
+    summary: `budget` and `expected_value` of the plan that was chosen.
+
+  Returns:
+    The figure.
+  """
+  fig, (ax,) = _grid(1)
+  budget = curve["budget"]
+  ax.fill_between(
+    budget, curve["low"], curve["high"], color=COLORS[1], alpha=0.2, lw=0
+  )
+  ax.plot(
+    budget, curve["held_out"], color=COLORS[1], label="held-out trial, 95 %"
+  )
+  ax.plot(budget, curve["value"], color=COLORS[0], label="model")
+  ax.plot(
+    [summary["budget"]],
+    [summary["expected_value"]],
+    "o",
+    color=COLORS[6],
+    label="plan",
+  )
+  ax.set_xlabel("budget")
+  ax.set_ylabel("response of all")
+  ax.legend(frameon=False, fontsize=8, loc="lower right")
+  return fig
+
+
 def _grid(num_panels: int):
   """Panels in rows of three, spare axes hidden."""
   columns = min(3, num_panels)

@@ -85,7 +85,7 @@ def count_flops(method: Method, batch_size: int = 64) -> Flops:
   """
   params, tables = jax.eval_shape(method.init, jax.random.key(0))
   batch = jax.eval_shape(
-    lambda: empty_batch(method.schema, method.config.tasks, batch_size)
+    lambda: empty_batch(method.schema, method.tasks, batch_size)
   )
 
   def run(params, tables, batch):
@@ -121,7 +121,9 @@ def count_params(method: Method) -> dict[str, int]:
   counts = Counter()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     counts["/".join(["Model", *(key.key for key in path[:-1])])] += leaf.size
-  tables = {n: t.num_rows * t.dim for n, t in method.tables.items()}
+  tables = {
+    n: t.num_rows * t.dim for n, t in method.tables.items() if t.trained
+  }
   return {**counts, **tables}
 
 

@@ -6,7 +6,12 @@ What a file under `recjax/models/` or `recjax/baselines/` holds:
 * `Model(config, schema)`: a Linen module; `model(batch, rows, *, train) ->
   (predictions, aux)`. `rows[table][feature]` are the embedding rows of the
   batch; `predictions[task]` is a logit (or the `symlog` of a real label).
-* `tables(config, schema) -> {name: Table}`: the row-sparse tables.
+  A method whose `Config` has no `tasks` learns from a randomised trial
+  (`schema.trial`) and predicts the `response` and the `cost` of every
+  treatment, `[batch, treatments]` each, in the units of the data.
+* `tables(config, schema) -> {name: Table}`: the row-sparse tables. Those that
+  are not trained are banks: the model reads their rows as constants, and puts
+  `{name: Writes}` into `aux["writes"]`, which a training step then writes.
 * `loss_fn(predictions, aux, batch, config) -> {name: (sum, weight)}`: the
   loss is the sum over names of sum / weight.
 * Optional `STAGES`, a tuple of `recjax.stage.Stage`: training in several
@@ -76,6 +81,16 @@ class Method:
     return self.module.tables(self.config, self.schema)
 
   @property
+  def tasks(self) -> tuple[str, ...]:
+    """Labels that it predicts; none for a method of a trial."""
+    return getattr(self.config, "tasks", ())
+
+  @property
+  def is_trial(self) -> bool:
+    """Whether it learns from a randomised trial, and not from labels."""
+    return not hasattr(self.config, "tasks")
+
+  @property
   def stages(self) -> tuple[Stage, ...]:
     """The parts of its training; one unless the file says otherwise."""
     if hasattr(self.module, "stages"):
@@ -89,7 +104,7 @@ class Method:
       name: table_lib.init_table(jax.random.fold_in(tables_rng, i), table)
       for i, (name, table) in enumerate(sorted(self.tables.items()))
     }
-    batch = empty_batch(self.schema, self.config.tasks)
+    batch = empty_batch(self.schema, self.tasks)
     variables = {in_model.TABLES: self._in_model(table_values)}
     _, mutated = self.model.apply(
       variables,
@@ -272,14 +287,26 @@ def load(name: str, config: Mapping[str, Any], schema: Schema) -> Method:
       label of the data.
   """
   module, built = load_config(name, config)
-  for task in built.tasks:
+  method = Method(name=name, module=module, config=built, schema=schema)
+  if method.is_trial:
+    _check_trial(name, schema)
+    return method
+  for task in method.tasks:
     schema.label(task)
   if not schema.id_features:
     raise UserError(
       f"model {name!r} needs an id: the data has no sparse or sequence "
       "feature; add one to its schema"
     )
-  return Method(name=name, module=module, config=built, schema=schema)
+  return method
+
+
+def _check_trial(name: str, schema: Schema) -> None:
+  if schema.trial is None:
+    raise UserError(
+      f"model {name!r} needs a randomised trial: the data has no treatments; "
+      'give its schema a "trial" block'
+    )
 
 
 def load_config(
@@ -333,6 +360,13 @@ def empty_batch(schema: Schema, tasks: tuple[str, ...], size: int = 1) -> Batch:
       f.name: jnp.zeros((size, f.max_len)) for f in schema.sequences if f.time
     },
     trial=None if schema.trial is None else _empty_trial(size),
+    tokens={
+      f.name: jnp.zeros((size, f.max_len), jnp.int32)
+      for f in schema.text_features
+    },
+    token_mask={
+      f.name: jnp.zeros((size, f.max_len), bool) for f in schema.text_features
+    },
     real_labels=frozenset(
       label.name for label in schema.labels if label.kind == "real"
     ),

@@ -9,7 +9,17 @@ from recjax.method import Method
 from recjax.schema import suggest
 
 # Metrics of which less is better; of all others more is.
-LOWER_IS_BETTER = ("logloss", "ne", "ece", "mae", "rmse", "loss")
+LOWER_IS_BETTER = (
+  "logloss",
+  "ne",
+  "ece",
+  "mae",
+  "rmse",
+  "loss",
+  "regret",
+  "response_rmse",
+  "cost_rmse",
+)
 
 
 @dataclasses.dataclass
@@ -63,8 +73,10 @@ def resolve(monitor: str, method: Method) -> str:
   Raises:
     UserError: If no evaluation can measure it, as far as is known by now.
   """
+  if not monitor and method.is_trial:
+    monitor = "valid/trial/eom"
   if not monitor:
-    task = method.config.tasks[0]
+    task = method.tasks[0]
     is_real = method.schema.label(task).kind == "real"
     monitor = f"valid/{task}/" + ("rmse" if is_real else "auc")
   names = evaluate.metric_names(method, "valid")
@@ -73,7 +85,7 @@ def resolve(monitor: str, method: Method) -> str:
   may_be_own = (
     hasattr(method.module, "diagnostics")
     and split == "valid"
-    and name.partition("/")[0] not in method.config.tasks
+    and name.partition("/")[0] not in method.tasks
   )
   if monitor not in names and not may_be_own:
     raise UserError(

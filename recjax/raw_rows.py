@@ -9,6 +9,7 @@ entries are read:
 * several values (`multi`, `sequence`): a list, or a string where the manifest
   gives a separator; None is an empty list, and None or "" in it is left out.
   Of too long a list the last values of a sequence are kept, the first of a set.
+* `text`: a string, or None for an empty one; its first tokens are kept.
 * `dense`: a finite number. `vector`: a list of finite numbers.
 * of a sequence whose events have sides or times: lists as long as its own. A
   side's None or "" is a missing value. Times are seconds, ISO 8601 texts or
@@ -36,12 +37,17 @@ class Encoder:
   Args:
     manifest: Its `features`, `vocabularies` and `dense`.
     vocabularies: Name -> `<name>/keys`, sorted, and `<name>/rows`.
+    tokenizer: A `tokenizers.Tokenizer`, where columns hold text.
   """
 
   def __init__(
-    self, manifest: Mapping[str, Any], vocabularies: Mapping[str, np.ndarray]
+    self,
+    manifest: Mapping[str, Any],
+    vocabularies: Mapping[str, np.ndarray],
+    tokenizer: Any = None,
   ):
     self._manifest, self._vocabularies = manifest, vocabularies
+    self._tokenizer = tokenizer
 
   @property
   def columns(self) -> list[str]:
@@ -59,7 +65,8 @@ class Encoder:
     self, columns: Mapping[str, Sequence[Any]]
   ) -> dict[str, np.ndarray]:
     """`dense`, `ids/<name>`, `id_mask/<name>`, `event_age/<name>`,
-    `vectors/<name>` and `example_mask`, one entry a row."""
+    `tokens/<name>`, `token_mask/<name>`, `vectors/<name>` and
+    `example_mask`, one entry a row."""
     features = self._manifest["features"]
     for name in self.columns:
       if name not in columns:
@@ -81,6 +88,9 @@ class Encoder:
         dense.append(_numbers(values, name))
       elif feature["kind"] == "vector":
         arrays[f"vectors/{name}"] = _vectors(values, feature)
+      elif feature["kind"] == "text":
+        tokens, mask = self._tokens(values, feature)
+        arrays[f"tokens/{name}"], arrays[f"token_mask/{name}"] = tokens, mask
       elif "time" in feature or "sides" in feature:
         arrays |= self._events(columns, feature)
       elif "max_len" in feature:
@@ -124,14 +134,22 @@ class Encoder:
     kept = kept or slice(max_len)
     return self._pack([row[kept] for row in lists], feature, max_len)
 
+  def _tokens(self, values, feature) -> tuple[np.ndarray, np.ndarray]:
+    texts = ["" if _is_missing(value) else value for value in values]
+    for row, value in enumerate(texts):
+      if not isinstance(value, str):
+        raise InputError(
+          f"column {feature['name']!r}, row {row + 1}: must be text, got "
+          f"{value!r}"
+        )
+    max_len = feature["max_len"]
+    found = self._tokenizer.encode_batch(texts)
+    lists = [encoding.ids[:max_len] for encoding in found]
+    return _filled(lists, max_len, lambda tokens: tokens)
+
   def _pack(self, lists, feature, max_len: int):
     """Ids and their mask, of lists of at most `max_len` values."""
-    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    mask = np.arange(max_len) < lengths[:, None]
-    ids = np.zeros(mask.shape, np.int32)
-    flat = list(itertools.chain.from_iterable(lists))
-    ids[mask] = self._rows(flat, feature)
-    return ids, mask
+    return _filled(lists, max_len, lambda flat: self._rows(flat, feature))
 
   def _events(self, columns, feature) -> dict[str, np.ndarray]:
     """A sequence, its sides and the ages of its events."""
@@ -151,6 +169,15 @@ class Encoder:
       age[mask] = own - np.array(times)
       arrays[f"event_age/{name}"] = age
     return arrays
+
+
+def _filled(lists, max_len: int, numbers_of):
+  """Lists of values as rows of numbers, zeros behind, and their mask."""
+  lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+  mask = np.arange(max_len) < lengths[:, None]
+  numbers = np.zeros(mask.shape, np.int32)
+  numbers[mask] = numbers_of(list(itertools.chain.from_iterable(lists)))
+  return numbers, mask
 
 
 class _Events:

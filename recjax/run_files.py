@@ -134,11 +134,13 @@ def count_params(method: Method) -> dict[str, int]:
   """
   params, _, reads = _shapes(method)
   dense = sum(leaf.size for leaf in jax.tree.leaves(params))
-  sparse = sum(table.num_rows * table.dim for table in method.tables.values())
-  batch = empty_batch(method.schema, method.config.tasks)
+  trained = {n: t for n, t in method.tables.items() if t.trained}
+  sparse = sum(table.num_rows * table.dim for table in trained.values())
+  batch = empty_batch(method.schema, method.tasks)
   active = sum(
     ids.size * method.tables[name].dim
     for name, ids in jax.eval_shape(method.ids, batch).items()
+    if name in trained
   )
   active += sum(
     entry["ids"].size * method.tables[name].dim for name, entry in reads.items()
@@ -169,7 +171,7 @@ def count_flops(method: Method, batch_size: int = 64) -> float:
   """
   params, tables, _ = _shapes(method)
   batch = jax.eval_shape(
-    lambda: empty_batch(method.schema, method.config.tasks, batch_size)
+    lambda: empty_batch(method.schema, method.tasks, batch_size)
   )
 
   def run(params, tables, batch):
@@ -199,7 +201,7 @@ def git_commit() -> str:
 def _shapes(method: Method):
   def build(rng):
     params, tables = method.init(rng)
-    batch = empty_batch(method.schema, method.config.tasks)
+    batch = empty_batch(method.schema, method.tasks)
     rows = method.read(tables, batch)
     reads = method.apply(params, tables, rows, batch, train=False)[2]
     return params, tables, reads

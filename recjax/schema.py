@@ -45,6 +45,8 @@ from etils import epath
 from recjax.errors import UserError, check_keys, suggest
 from recjax.trial import Trial
 
+# Name in `vocab_sizes` of the subwords that all text features share.
+TOKENS = "<tokens>"
 KINDS = ("sparse", "dense", "sequence", "text", "image", "vector")
 LABEL_KINDS = ("binary", "real")
 ROLES = ("user", "item", "time", "query", "group", "scenario")
@@ -63,7 +65,8 @@ class Feature:
     separator: Splits a string into values; None for list columns.
     vocabulary: Sequence and sparse: the feature whose vocabulary is shared;
       None means the feature's own.
-    max_len: Longest kept sequence or set (a sequence keeps its last values).
+    max_len: Longest kept sequence, set or text in tokens (a sequence keeps its
+      last values, the others their first).
     buckets: Sparse: hash values into so many rows instead of a vocabulary.
     dim: Vector: its width.
     time: Sequence: column with the time of each event.
@@ -90,12 +93,12 @@ class Feature:
   @property
   def is_list(self) -> bool:
     """True for features with several ids an example, which carry a mask."""
-    return self.kind == "sequence" or self.multi
+    return self.kind in ("sequence", "text") or self.multi
 
   @property
   def vocab(self) -> str:
-    """Name of the vocabulary that the ids belong to."""
-    return self.vocabulary or self.name
+    """Name of the vocabulary that the ids or tokens belong to."""
+    return TOKENS if self.kind == "text" else self.vocabulary or self.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +220,11 @@ class Schema:
   def vector_features(self) -> tuple[Feature, ...]:
     """Columns that hold a vector an example."""
     return tuple(f for f in self.features if f.kind == "vector")
+
+  @property
+  def text_features(self) -> tuple[Feature, ...]:
+    """Columns of raw text, in the order of the schema."""
+    return tuple(f for f in self.features if f.kind == "text")
 
   @property
   def num_scenarios(self) -> int:
@@ -350,8 +358,8 @@ def _read_feature(name: str, entry, where: str) -> Feature:
       raise UserError(f"{where}: {key} must be at least 1, got {value}")
   if feature.kind == "vector" and feature.dim is None:
     raise UserError(f'{where}: a vector needs "dim", its width')
-  if feature.kind == "sequence" and feature.max_len is None:
-    raise UserError(f'{where}: a sequence needs "max_len"')
+  if feature.kind in ("sequence", "text") and feature.max_len is None:
+    raise UserError(f'{where}: a {feature.kind} needs "max_len"')
   if feature.multi and feature.kind != "sparse":
     raise UserError(f'{where}: "multi" is for sparse features')
   for key in ("time", "side"):

@@ -1,5 +1,7 @@
 """Scores raw rows with an exported model; needs only JAX, NumPy, flatbuffers.
 
+A model that reads text needs the tokenizers library as well.
+
 `recjax.export` puts this file into each export as `score.py`, with the text of
 `raw_rows` in place of its import, so that it imports nothing of recjax:
 
@@ -63,7 +65,9 @@ class Scorer:
         ).items()
       }
       self._encoder = Encoder(
-        self.manifest, map_tensors(self.folder / "vocabulary.safetensors")
+        self.manifest,
+        map_tensors(self.folder / "vocabulary.safetensors"),
+        _read_tokenizer(self.folder / "tokenizer.json"),
       )
     except (OSError, ValueError, KeyError) as error:
       raise InputError(f"{self.folder}: no whole export ({error})") from error
@@ -139,6 +143,20 @@ class Scorer:
         np.abs(actual[task] - wanted) / np.maximum(1, np.abs(wanted))
       )
     return np.max(parts, axis=0)
+
+
+def _read_tokenizer(path: pathlib.Path) -> Any:
+  """What splits texts into tokens; None where no column holds text."""
+  if not path.exists():
+    return None
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise InputError("the model reads text: pip install tokenizers") from error
+  tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+  # A text that spells a special token is text.
+  tokenizer.encode_special_tokens = True
+  return tokenizer
 
 
 def map_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -234,6 +234,8 @@ class Ranker:
       ids=merge(user.ids, candidates.ids),
       id_mask=merge(user.id_mask, candidates.id_mask),
       vectors=merge(user.vectors, candidates.vectors),
+      tokens=merge(user.tokens, candidates.tokens),
+      token_mask=merge(user.token_mask, candidates.token_mask),
       scenario=self._scenario(user, candidates, spread),
     )
     call = functools.partial(method.call, state.eval_params, state.tables)

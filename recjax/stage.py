@@ -18,6 +18,8 @@ class Stage:
     loss_fn: The stage's loss; None means the file's `loss_fn`.
     initialize_from: `previous`: go on from where the previous stage ended;
       `best`: from its best evaluation; `scratch`: new parameters and tables.
+    empty_banks: Whether banks begin the stage empty: what an earlier stage put
+      there may be of another encoder.
     predictions: Entry of `aux`, task -> logit, that validation looks at while
       the stage is trained: what comes after it in the model is not trained
       yet. Empty for the model's predictions.
@@ -28,6 +30,7 @@ class Stage:
   trainable: tuple[str, ...] = (".*",)
   loss_fn: Callable[..., Any] | None = None
   initialize_from: str = "previous"
+  empty_banks: bool = False
   predictions: str = ""
 
   def __post_init__(self):

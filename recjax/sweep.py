@@ -25,6 +25,7 @@ from recjax import config as config_lib
 from recjax import method, monitor, optimizer, parallel, run_files, train
 from recjax.errors import UserError
 from recjax.metrics import summary
+from recjax.metrics import trial as trial_metrics
 from recjax.schema import suggest
 
 MAX_TRIALS = 6
@@ -238,6 +239,9 @@ def _check_metric(metric: str, split: str, models: Sequence[Model]) -> None:
   for model in models:
     tasks = model.config.get("model", {}).get("tasks", ())
     known = [f"{split}/{task}/{name}" for task in tasks for name in names]
+    if not tasks:
+      trial = trial_metrics.metric_names(has_truth=True)
+      known = [f"{split}/trial/{name}" for name in trial]
     if metric not in known and not _may_be_own(metric, split, model):
       raise UserError(
         f"unknown metric {metric!r} of {model.label}" + suggest(metric, known)
@@ -250,7 +254,7 @@ def _may_be_own(metric: str, split: str, model: Model) -> bool:
   return (
     model.trainer == TRAINER
     and start == split
-    and name.partition("/")[0] not in model.config["model"]["tasks"]
+    and name.partition("/")[0] not in model.config["model"].get("tasks", ())
     and hasattr(method.find_module(model.config["model_name"]), "diagnostics")
   )
 

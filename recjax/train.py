@@ -2,7 +2,8 @@
 
 `train_and_evaluate(config, workdir)` trains the method that `config` names and
 writes into `workdir`: `config.json`, `metrics.jsonl`, `checkpoints/`, event
-files, `predictions.npz`, `diagnostics.json` and, at the end, `result.json`.
+files, `predictions.npz`, `diagnostics.json`, `tokenizer.json` where the data
+has text, and, at the end, `result.json`.
 Run again with the same config it goes on from the newest checkpoint, and ends
 as if it had never stopped, timings apart.
 """
@@ -28,6 +29,7 @@ from recjax import method as method_lib
 from recjax import monitor, parallel, run_files, train_state
 from recjax import optimizer as optimizer_lib
 from recjax.checkpoint import Checkpoints
+from recjax.data import text
 from recjax.data.length_buckets import LengthBuckets, masked_share
 from recjax.data.pipeline import make_loader, open_dataset
 from recjax.errors import DivergedError, UserError
@@ -51,7 +53,8 @@ class Config:
     checkpoint_every_steps: Steps between checkpoints; 0 for one an evaluation.
     keep_checkpoints: How many of the newest to keep beside the best.
     monitor: The metric that the best checkpoint has the best value of; empty
-      for the AUC of the first task (or `rmse`, for a real label).
+      for the AUC of the first task (or `rmse`, for a real label), and for
+      `valid/trial/eom` of a trial.
     early_stop_patience: Evaluations without a better value that end the
       stage; 0 for never.
     non_finite: On a loss or gradient that is not finite: `stop`, or `skip`
@@ -148,6 +151,8 @@ class Trainer:
     self.monitor = monitor.resolve(self.train.monitor, self.method)
     # Not before all else is right: a mistake must not take the workdir.
     run_files.claim_workdir(self.workdir, self.config, commit)
+    if jax.process_index() == 0:
+      text.copy_tokenizer(self.columns.directory, self.workdir)
     self.history = History()
     self.speed = _Speed()
 

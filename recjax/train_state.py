@@ -19,7 +19,11 @@ from pallas_kernels.row_update.optimizers import make_row_optimizer
 from recjax import optimizer as optimizer_lib
 from recjax.batch import Batch
 from recjax.method import Method, Stage
-from recjax.sparse.update import RowGradients, apply_row_gradients
+from recjax.sparse.update import (
+  RowGradients,
+  apply_row_gradients,
+  apply_writes,
+)
 
 Scalars = dict[str, tuple[Array, Array]]
 
@@ -34,8 +38,8 @@ class TrainState:
     params: Linen parameters, float32.
     opt_state: State of the dense optimiser; new in every stage.
     ema_params: Running average of `params`, or None.
-    tables: Row-sparse tables as stored.
-    table_states: Optimiser state per table.
+    tables: Row-sparse tables as stored, trained ones and banks.
+    table_states: Optimiser state per trained table.
     num_skipped: Batches left out because they were not finite.
     rng: Key data of the run's seed, for dropout and the like; never changes.
   """
@@ -82,9 +86,10 @@ class StepConfig:
 
   def table_scale(self, name: str) -> float:
     """Multiplier of a table's learning rate; 0 means frozen."""
-    return self.method.tables[
-      name
-    ].learning_rate_scale * optimizer_lib.learning_rate_scale(
+    table = self.method.tables[name]
+    if not table.trained:
+      return 0.0
+    return table.learning_rate_scale * optimizer_lib.learning_rate_scale(
       self.optimizer, name, self.stage.trainable
     )
 
@@ -105,6 +110,7 @@ def init_state(rng: Array, config: StepConfig) -> TrainState:
     table_states={
       name: row_optimizer.init(*table.shape)
       for name, table in config.method.tables.items()
+      if table.trained
     },
     num_skipped=jnp.int32(0),
     rng=jax.random.key_data(rng),
@@ -120,6 +126,13 @@ def start_stage(state: TrainState, config: StepConfig) -> TrainState:
     return fresh.replace(
       step=state.step, num_skipped=state.num_skipped, rng=state.rng
     )
+  if config.stage.empty_banks:
+    empty = {
+      name: jnp.zeros_like(state.tables[name])
+      for name, table in config.method.tables.items()
+      if not table.trained
+    }
+    state = state.replace(tables=state.tables | empty)
   optimizer = config.dense_optimizer(state.params)
   return state.replace(
     # The best state of the stage before is older than its last.
@@ -154,7 +167,7 @@ def train_step(
   terms, gradients = loss_and_gradients(state, batch, config, axis_name)
   terms = axis_sum(terms)
   param_grads = axis_sum(gradients["params"])
-  reads = _all_reads(gradients, axis_name)
+  reads = _gather(gradients["row_grads"], axis_name)
 
   loss = sum(
     total / jnp.maximum(weight, 1.0) for total, weight in terms.values()
@@ -178,6 +191,13 @@ def train_step(
   )
   params = keep(params, state.params)
   tables, table_states = _update_tables(state, reads, ok, config)
+  tables |= apply_writes(
+    tables,
+    _gather(gradients["writes"], axis_name),
+    tables=config.method.tables,
+    step=state.step + 1,
+    keep=ok,
+  )
   state = state.replace(
     step=state.step + 1,
     params=params,
@@ -210,7 +230,8 @@ def loss_and_gradients(
   Returns:
     {name: (sum, weight)} of this device, and the gradients of the global mean
     with respect to `params` (this device's part) and, as `RowGradients` by
-    table, of the rows read before and inside the model.
+    table, of the rows read before and inside the model; beside them `writes`,
+    what the model puts into its banks.
   """
   method, stage = config.method, config.stage
   rng = jax.random.fold_in(_key(state), state.step)
@@ -218,13 +239,15 @@ def loss_and_gradients(
     rng = jax.random.fold_in(rng, jax.lax.axis_index(axis_name))
   loss_fn = stage.loss_fn or method.module.loss_fn
   axis_sum = _axis_sum(axis_name)
+  rows = method.read(state.tables, batch)
+  banks = {n: rows.pop(n) for n in list(rows) if not method.tables[n].trained}
 
   def loss(variables):
     params = _stop_frozen(variables["params"], config)
     predictions, aux, reads = method.apply(
       params,
       state.tables,
-      variables["rows"],
+      variables["rows"] | banks,
       batch,
       train=True,
       rng=rng,
@@ -235,15 +258,15 @@ def loss_and_gradients(
       term / jnp.maximum(axis_sum(weight), 1.0)
       for term, weight in terms.values()
     )
-    return total, (terms, reads)
+    return total, (terms, reads, aux.get("writes", {}))
 
   variables = {
     "params": state.params,
-    "rows": method.read(state.tables, batch),
+    "rows": rows,
     "taps": method.zero_taps(state.params, state.tables, batch),
   }
   gradient_fn = getattr(method.module, "gradient_fn", _gradient)
-  (_, (terms, reads)), grads = gradient_fn(loss, variables)
+  (_, (terms, reads, writes)), grads = gradient_fn(loss, variables)
   ids = method.ids(batch)
   row_grads = {
     name: RowGradients(ids[name], grads["rows"][name]) for name in grads["rows"]
@@ -255,7 +278,11 @@ def loss_and_gradients(
   row_grads = {
     name: read for name, read in row_grads.items() if config.table_scale(name)
   }
-  return terms, {"params": grads["params"], "row_grads": row_grads}
+  return terms, {
+    "params": grads["params"],
+    "row_grads": row_grads,
+    "writes": writes,
+  }
 
 
 def _key(state: TrainState) -> Array:
@@ -272,13 +299,12 @@ def _axis_sum(axis_name: str | None):
   return lambda tree: jax.lax.psum(tree, axis_name)
 
 
-def _all_reads(gradients, axis_name: str | None):
-  """Row gradients of all replicas, so that each makes the same update."""
+def _gather(reads_or_writes, axis_name: str | None):
+  """Those of all replicas, so that each makes the same update."""
   if axis_name is None:
-    return gradients["row_grads"]
+    return reads_or_writes
   return jax.tree.map(
-    lambda x: jax.lax.all_gather(x, axis_name, tiled=True),
-    gradients["row_grads"],
+    lambda x: jax.lax.all_gather(x, axis_name, tiled=True), reads_or_writes
   )
 
 

@@ -12,6 +12,7 @@ GROUPS = (
   (
     "recjax.errors",
     "recjax.schema",
+    "recjax.stage",
     "recjax.trial",
     "recjax.stage",
     "recjax.config",
@@ -58,6 +59,7 @@ GROUPS = (
     "recjax.tuning",
     "recjax.workers",
     "recjax.export",
+    "recjax.plan",
     "recjax.export_golden",
     "recjax.raw_rows",
     "recjax.scorer",

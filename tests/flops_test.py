@@ -7,8 +7,8 @@ from absl.testing import absltest, parameterized
 
 from recjax import flops, run_files
 from recjax import method as method_lib
-from tests import toy
-from tests.model_contract_test import TINY
+from tests import toy, toy_trial
+from tests.model_cases import TINY
 
 TASKS = ("click", "like", "play_time")
 SIZES = [
@@ -30,6 +30,8 @@ def load(name, size, **changes):
     # Columns of the recipe's own data.
     for word in ("important_features", "scenario_priors"):
       config.pop(word, None)
+  if toy_trial.is_trial(name):
+    return method_lib.load(name, {**config, **changes}, toy_trial.SCHEMA)
   return method_lib.load(
     name, {**config, **changes, "tasks": TASKS}, toy.SCHEMA
   )

@@ -11,7 +11,8 @@ from absl.testing import absltest
 from recjax import method as method_lib
 from recjax.errors import UserError
 from recjax.schema import Feature, Label, Schema
-from tests import model_contract_test, toy
+from tests import toy, toy_trial
+from tests.model_cases import TINY as TINY_MODELS
 
 TINY = {"tasks": ["click", "play_time"], "embed_dim": 4, "mlp_dims": [4]}
 
@@ -70,9 +71,15 @@ class MethodTest(absltest.TestCase):
       roles=dataclasses.replace(toy.SCHEMA.roles, time="at"),
     )
     for name in method_lib.names():
-      config = {**model_contract_test.TINY.get(name, {}), "tasks": ["click"]}
-      method = method_lib.load(name, config, schema)
-      plain = method_lib.load(name, config, toy.SCHEMA)
+      config, trial = dict(TINY_MODELS.get(name, {})), None
+      if toy_trial.is_trial(name):
+        trial = toy_trial.SCHEMA.trial
+      else:
+        config["tasks"] = ["click"]
+      method, plain = (
+        method_lib.load(name, config, dataclasses.replace(data, trial=trial))
+        for data in (schema, toy.SCHEMA)
+      )
       ids = method.ids(method_lib.empty_batch(schema, ("click",)))
       for table, found in plain.ids(
         method_lib.empty_batch(toy.SCHEMA, ("click",))

@@ -218,8 +218,8 @@ class SchemaTest(command_case.CommandTestCase):
     ),
     sizes=({**schema(), "vocab_sizes": 3}, "vocab_sizes"),
     text=(
-      schema(title={"kind": "text", "max_len": 3}),
-      "'title': kind 'text' is not supported yet; encode",
+      schema(title={"kind": "text"}),
+      "'title': a text needs .max_len.",
     ),
     time=(
       schema(history={"kind": "sequence", "max_len": 4, "time": "t"}),

@@ -17,129 +17,9 @@ from recjax import optimizer as optimizer_lib
 from recjax import parallel, serve, train_state
 from recjax.sparse import in_model
 from recjax.sparse import table as table_lib
-from tests import toy
+from tests import toy, toy_trial
+from tests.model_cases import TASKS, TINY, VARIANTS
 
-TASKS = ("click", "like", "play_time")
-# Overrides that make a method tiny; a method that is not named takes none.
-RANKMIXER = {"embed_dim": 4, "num_tokens": 2, "token_dim": 8, "num_layers": 1}
-SEQUENCE = RANKMIXER | {"event_dim": 4, "num_heads": 2}
-HYFORMER = {
-  "embed_dim": 4,
-  "num_tokens": 4,
-  "token_dim": 8,
-  "num_layers": 1,
-  "num_heads": 2,
-  "recent_len": 3,
-}
-# Any lists will do here; tests/models/promo_test.py has some of users.
-TOWERS = {
-  "user_features": ["tab", "age"],
-  "item_features": ["tags", "price", "content"],
-  "history": "history",
-  "num_blocks": 1,
-  "num_heads": 2,
-}
-BACKBONE = {"embed_dim": 4, "towers": TOWERS, "dropout_rate": 0.0}
-COLD = BACKBONE | {"popularity": "tab", "cold_below": 1}
-PROMO = BACKBONE | {
-  "hidden_dim": 3,
-  "positive_list": "tags",
-  "negative_list": "tags",
-  "popularity": "tab",
-  "popular_from": 2,
-}
-TINY = {
-  "dlrm_mlp": {"embed_dim": 4, "mlp_dims": [8]},
-  "dcnv2": {
-    "embed_dim": 4,
-    "mlp_dims": [8],
-    "low_rank": 3,
-    "num_experts": 2,
-    "expert_activation": "tanh",
-    "memory_layers": [0],
-    "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
-  },
-  "din": {"embed_dim": 4, "attention_dims": [6], "mlp_dims": [8]},
-  "wukong": {
-    "embed_dim": 4,
-    "num_layers": 1,
-    "num_fm": 3,
-    "num_linear": 2,
-    "fm_rank": 2,
-    "fm_mlp_dims": [6],
-    "dense_mlp_dims": [5],
-    "mlp_dims": [8],
-  },
-  "promo": PROMO,
-  "two_towers": BACKBONE,
-  "dropoutnet": COLD | {"id_dropout_rate": 0.0},
-  "cb2cf": COLD | {"hidden_dim": 3},
-  "metaemb": COLD,
-  "plate": COLD,
-  "ppr": BACKBONE | {"hidden_dim": 3},
-  "rankmixer": RANKMIXER,
-  "msn": RANKMIXER
-  | {
-    "memory_layers": [0],
-    "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
-  },
-  "hyformer": HYFORMER,
-  "longer": SEQUENCE
-  | {"merge_len": 2, "inner_trans": True, "global_tokens": ["target", "cls"]},
-  "transformer_rankmixer": SEQUENCE,
-  "din_rankmixer": RANKMIXER | {"event_dim": 4, "attention_dims": [6]},
-}
-TINY["mdl"] = RANKMIXER | {"num_layers": 2, "num_heads": 2, "domain_dim": 4}
-for _name in ("shared_bottom", "mmoe", "ple", "star", "hmoe", "pepnet"):
-  TINY[_name] = RANKMIXER | {"head_dim": 6}
-# Other forms of a method: name -> (method, overrides on top of its TINY).
-VARIANTS = {
-  "promo_shared": (
-    "promo",
-    {
-      "network": "shared",
-      "use_relu": True,
-      "pooling": "mean",
-      "normalization": "mean",
-      "prompt_tables": "backbone",
-    },
-  ),
-  "promo_inputs": (
-    "promo",
-    {"network": "none", "prompt_from": "id_features", "fusion": "xavier"},
-  ),
-  "rankmixer_gated": ("rankmixer", {"ffn": "gated", "moe": {"gate_dim": 3}}),
-  "rankmixer_smoe": ("rankmixer", {"ffn": "smoe"}),
-  "rankmixer_relu_moe": ("rankmixer", {"ffn": "relu_moe"}),
-  "msn_smoe": ("msn", {"ffn": "smoe"}),
-  "msn_relu_moe": ("msn", {"ffn": "relu_moe"}),
-  "hyformer_literal": (
-    "hyformer",
-    {
-      "encoder": "swiglu",
-      "merge_sequences": True,
-      "paper_literal": True,
-      "reinject_features": True,
-    },
-  ),
-  "mdl_msn": (
-    "mdl",
-    {
-      "body": "msn",
-      "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
-      "balance": {"kind": "uncertainty"},
-      "scenario_priors": [{"token": "1", "features": ["age", "tags"]}],
-      "task_priors": [{"token": "all", "features": ["history", "content"]}],
-    },
-  ),
-  "dlrm_mlp_memory": (
-    "dlrm_mlp",
-    {
-      "memory_layers": [0],
-      "memory": {"num_keys": 6, "key_dim": 4, "top_k": 3},
-    },
-  ),
-}
 OPTIMIZER = optimizer_lib.Config(
   learning_rate=0.01,
   weight_decay=0.01,
@@ -154,8 +34,16 @@ class Case:
   def __init__(self, name, **overrides):
     self.name = name
     method, variant = VARIANTS.get(name, (name, {}))
-    config = {"tasks": TASKS, **TINY.get(method, {}), **variant, **overrides}
-    self.method = method_lib.load(method, config, toy.SCHEMA)
+    config = {**TINY.get(method, {}), **variant, **overrides}
+    self.is_trial = toy_trial.is_trial(method)
+    # What it predicts, and the loss terms that must be there.
+    self.outputs = ("response", "cost") if self.is_trial else TASKS
+    if self.is_trial:
+      self.method = method_lib.load(method, config, toy_trial.SCHEMA)
+    else:
+      config["tasks"] = TASKS
+      self.method = method_lib.load(method, config, toy.SCHEMA)
+    self.make_batch = (toy_trial if self.is_trial else toy).make_batch
     self.config = self.step_config()
     self.init = jax.jit(lambda rng: train_state.init_state(rng, self.config))
     self.step = jax.jit(lambda s, b: train_state.train_step(s, b, self.config))
@@ -191,17 +79,40 @@ class Case:
       },
     }
 
-  def paths(self):
-    """Parameter paths and table names."""
+  def paths(self, stage):
+    """Parameter paths and table names that a stage trains."""
     leaves = jax.tree_util.tree_leaves_with_path(self.state.params)
     names = [optimizer_lib.path_name(path) for path, _ in leaves]
-    return names, sorted(self.method.tables)
+    chosen = lambda name: any(re.fullmatch(r, name) for r in stage.trainable)  # noqa: E731
+    tables = sorted(filter(chosen, self.trained))
+    return list(filter(chosen, names)), tables
+
+  def num_counted(self, batch, term):
+    """Examples that a loss term is a mean over."""
+    if self.is_trial:
+      return batch.example_mask.sum()
+    return batch.label_mask[term].sum()
+
+  @property
+  def trained(self):
+    """The tables that are no bank."""
+    return {n: t for n, t in self.method.tables.items() if t.trained}
 
 
 make_case = functools.cache(Case)
 MODELS = [{"testcase_name": f"_{n}", "name": n} for n in method_lib.names()]
+RANKERS = [m for m in MODELS if not toy_trial.is_trial(m["name"])]
 # What a variant can break. Its other promises are those of its method's code.
-ALL = MODELS + [{"testcase_name": f"_{n}", "name": n} for n in VARIANTS]
+OTHERS = [{"testcase_name": f"_{name}", "name": name} for name in VARIANTS]
+ALL = MODELS + OTHERS
+ALL_RANKERS = RANKERS + [
+  m for m in OTHERS if not toy_trial.is_trial(VARIANTS[m["name"]][0])
+]
+
+
+def case_batch(name, *args, **kwargs):
+  """A batch of the kind that a method takes."""
+  return make_case(name).make_batch(*args, **kwargs)
 
 
 def _scatter(read, table):
@@ -233,18 +144,19 @@ class ModelContractTest(parameterized.TestCase):
 
   @parameterized.named_parameters(MODELS)
   def test_predicts_every_task_and_jit_changes_nothing(self, name):
-    case, batch = make_case(name), toy.make_batch()
+    case, batch = make_case(name), case_batch(name)
     predictions = case.evaluate(case.state, batch)["predictions"]
-    self.assertCountEqual(predictions, TASKS)
+    self.assertCountEqual(predictions, case.outputs)
     chex.assert_tree_all_finite(predictions)
     for value in predictions.values():
-      self.assertEqual((value.shape, value.dtype), ((16,), jnp.float32))
+      shape = (16, 3) if case.is_trial else (16,)
+      self.assertEqual((value.shape, value.dtype), (shape, jnp.float32))
     eager = case.predict_eagerly(case.state, batch)
     chex.assert_trees_all_close(predictions, eager, rtol=1e-5, atol=1e-5)
 
   @parameterized.named_parameters(ALL)
   def test_order_of_examples_does_not_matter(self, name):
-    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    case, batch = make_case(name), case_batch(name, num_padding=PADDING)
     order = np.random.default_rng(0).permutation(batch.size)
     first = case.evaluate(case.state, batch)
     second = case.evaluate(case.state, _permute(batch, order))
@@ -253,8 +165,8 @@ class ModelContractTest(parameterized.TestCase):
 
   @parameterized.named_parameters(ALL)
   def test_what_padding_holds_changes_nothing(self, name):
-    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
-    other, valid = toy.make_batch(1), np.asarray(batch.example_mask)
+    case, batch = make_case(name), case_batch(name, num_padding=PADDING)
+    other, valid = case.make_batch(1), np.asarray(batch.example_mask)
     garbage = jax.tree.map(
       lambda a, b: jnp.where(valid.reshape(-1, *[1] * (a.ndim - 1)), a, b),
       batch,
@@ -265,6 +177,14 @@ class ModelContractTest(parameterized.TestCase):
       labels={k: jnp.where(valid, v, jnp.nan) for k, v in batch.labels.items()},
       example_mask=batch.example_mask,
     )
+    if case.is_trial:
+      seen = ("response", "cost", "propensity")
+      values = {k: getattr(batch.trial, k) for k in seen}
+      garbage = garbage.replace(
+        trial=garbage.trial.replace(
+          **{k: jnp.where(valid, v, jnp.nan) for k, v in values.items()}
+        )
+      )
     first, second = (case.evaluate(case.state, b) for b in (batch, garbage))
     chex.assert_tree_all_finite(second)
     for out in (first, second):
@@ -273,7 +193,7 @@ class ModelContractTest(parameterized.TestCase):
 
   @parameterized.named_parameters(ALL)
   def test_padding_changes_no_prediction_of_the_valid(self, name):
-    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    case, batch = make_case(name), case_batch(name, num_padding=PADDING)
     short = _permute(batch, slice(batch.size - PADDING))
     padded = case.evaluate(case.state, batch)
     expected = case.predict(case.state, short)
@@ -283,28 +203,45 @@ class ModelContractTest(parameterized.TestCase):
       rtol=1e-5,
       atol=1e-5,
     )
-    for task, (_, weight) in padded["terms"].items():
-      if task in TASKS:
-        self.assertEqual(weight, short.label_mask[task].sum())
+    for term, (_, weight) in padded["terms"].items():
+      if term in case.outputs:
+        self.assertEqual(weight, case.num_counted(short, term))
 
   @parameterized.named_parameters(ALL)
   def test_every_trained_path_has_a_gradient(self, name):
-    case = make_case(name)
-    out = case.evaluate(case.state, toy.make_batch())
-    chex.assert_tree_all_finite(out)
-    for path, grad in jax.tree_util.tree_leaves_with_path(out["params"]):
-      self.assertTrue(jnp.any(grad != 0), optimizer_lib.path_name(path))
-    self.assertCountEqual(out["tables"], case.method.tables)
-    for table, grad in out["tables"].items():
-      self.assertTrue(jnp.any(grad != 0), table)
+    case, batch = make_case(name), case_batch(name)
+    gradients = [case.evaluate(case.state, batch)]
+    for stage in case.method.stages[1:]:
+      config = case.step_config(stage)
+      run = lambda s, b, c=config: train_state.loss_and_gradients(s, b, c)[1]  # noqa: E731
+      found = jax.jit(run)(case.state, batch)
+      tables = {
+        name: _scatter(read, case.method.tables[name])
+        for name, read in found["row_grads"].items()
+      }
+      gradients.append({"params": found["params"], "tables": tables})
+    seen = set()
+    for stage, out in zip(case.method.stages, gradients, strict=True):
+      chex.assert_tree_all_finite(out)
+      params, tables = case.paths(stage)
+      seen |= {*params, *tables}
+      for path, grad in jax.tree_util.tree_leaves_with_path(out["params"]):
+        path = optimizer_lib.path_name(path)
+        self.assertEqual(bool(jnp.any(grad != 0)), path in params, path)
+      self.assertCountEqual(out["tables"], tables)
+      for table, grad in out["tables"].items():
+        self.assertTrue(jnp.any(grad != 0), table)
+    self.assertEqual(seen, {*sum(case.paths(method_lib.Stage()), [])})
 
   @parameterized.named_parameters(ALL)
   @pytest.mark.slow
   def test_row_gradients_equal_those_of_whole_tables(self, name):
-    case, batch = make_case(name), toy.make_batch()
-    loss_fn, method = case.method.module.loss_fn, case.method
+    case, batch = make_case(name), case_batch(name)
+    method, stage = case.method, case.method.stages[0]
+    loss_fn = stage.loss_fn or method.module.loss_fn
 
-    def loss(tables):
+    def loss(trained):
+      tables = case.state.tables | trained
       rows = method.read(tables, batch)
       predictions, aux, _ = method.apply(
         case.state.params, tables, rows, batch, train=True, rng=rng
@@ -318,18 +255,22 @@ class ModelContractTest(parameterized.TestCase):
 
     rng = jax.random.fold_in(jax.random.key(0), 0)
     with mock.patch.object(in_model, "weighted_gather", dense_gather):
-      expected = jax.jit(jax.grad(loss))(case.state.tables)
+      expected = jax.jit(jax.grad(loss))(
+        {name: case.state.tables[name] for name in case.trained}
+      )
     actual = case.evaluate(case.state, batch)["tables"]
     chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
 
   @parameterized.named_parameters(MODELS)
   @pytest.mark.slow
   def test_frozen_paths_stay_bit_identical(self, name):
-    case, batch = make_case(name), toy.make_batch()
-    params, tables = case.paths()
+    case, batch = make_case(name), case_batch(name)
+    stage = case.method.stages[0]
+    params, tables = case.paths(stage)
     trained = params[1::2] + tables[1:]
-    stage = method_lib.Stage(trainable=tuple(re.escape(p) for p in trained))
-    config = case.step_config(stage)
+    config = case.step_config(
+      dataclasses.replace(stage, trainable=tuple(re.escape(p) for p in trained))
+    )
 
     def gradients_and_step(state, batch):
       state = train_state.start_stage(state, config)
@@ -356,7 +297,7 @@ class ModelContractTest(parameterized.TestCase):
 
   @parameterized.named_parameters(MODELS)
   def test_a_step_leaves_unread_rows_bit_identical(self, name):
-    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    case, batch = make_case(name), case_batch(name, num_padding=PADDING)
     after, _ = case.step(case.state, batch)
     grads = case.evaluate(case.state, batch)["tables"]
     for table, grad in grads.items():
@@ -370,7 +311,7 @@ class ModelContractTest(parameterized.TestCase):
   @parameterized.named_parameters(ALL)
   def test_learns_toy_data_and_is_traced_once(self, name):
     case = make_case(name)
-    batches = [toy.make_batch(seed, num_padding=seed) for seed in range(3)]
+    batches = [case.make_batch(seed, num_padding=seed) for seed in range(3)]
     state, values = case.state, []
     for i in range(30):
       state, scalars = case.step(state, batches[i % 3])
@@ -379,25 +320,25 @@ class ModelContractTest(parameterized.TestCase):
     self.assertEqual(int(state.step), 30)
     self.assertEqual(int(state.num_skipped), 0)
     self.assertEqual(case.step._cache_size(), 1)
-    for task in TASKS:
-      self.assertIn(task, scalars)
+    for term in case.outputs:
+      self.assertIn(term, scalars)
 
   @parameterized.named_parameters(MODELS)
   def test_same_seed_gives_the_same_numbers(self, name):
-    case, batch = make_case(name), toy.make_batch()
+    case, batch = make_case(name), case_batch(name)
     again = case.init(jax.random.key(0))
     chex.assert_trees_all_equal(case.state, again)
     chex.assert_trees_all_equal(
       case.step(case.state, batch), case.step(again, batch)
     )
     other = case.init(jax.random.key(1))
-    for name, table in case.method.tables.items():
+    for name, table in case.trained.items():
       same = case.state.tables[name] == other.tables[name]
       self.assertFalse(bool(jnp.any(same[: table.num_rows])), name)
 
   @parameterized.named_parameters(MODELS)
   def test_bfloat16_stays_near_float32(self, name):
-    case, batch = make_case(name), toy.make_batch()
+    case, batch = make_case(name), case_batch(name)
     fields = dataclasses.fields(case.method.module.Config)
     self.assertIn("dtype", [field.name for field in fields])
     half = Case(name, dtype="bfloat16")
@@ -406,14 +347,14 @@ class ModelContractTest(parameterized.TestCase):
     actual = half.predict(case.state, batch)
     expected = case.evaluate(case.state, batch)["predictions"]
     chex.assert_trees_all_close(actual, expected, atol=0.05)
-    for task in TASKS:
+    for task in case.outputs:
       self.assertEqual(actual[task].dtype, jnp.float32)
       self.assertTrue(bool(jnp.any(actual[task] != expected[task])))
 
   @parameterized.named_parameters(MODELS)
   @pytest.mark.slow
   def test_a_mesh_takes_the_same_step_as_one_device(self, name):
-    case, batch = make_case(name), toy.make_batch(num_padding=PADDING)
+    case, batch = make_case(name), case_batch(name, num_padding=PADDING)
     expected = case.step(case.state, batch)
     placement = parallel.place(parallel.Config(data=4, model=2))
     # A copy: the step takes its state's memory.
@@ -446,11 +387,11 @@ class ModelContractTest(parameterized.TestCase):
       atol=1e-5,
     )
 
-  @parameterized.named_parameters(ALL)
+  @parameterized.named_parameters(ALL_RANKERS)
   def test_a_user_encoded_once_scores_as_every_pair_alone(self, name):
     case, candidates = make_case(name), toy.make_batch(3)
     user = _permute(toy.make_batch(4), slice(1))
-    names = ("item_id", "tags", "price", "content")
+    names = ("item_id", "tags", "price", "content", "title")
     ranker = serve.Ranker(case.method, names)
     state = case.state.replace(ema_params=None)
     user_state = ranker.encode_user(state, user)
@@ -464,7 +405,7 @@ class ModelContractTest(parameterized.TestCase):
 
   @parameterized.named_parameters(MODELS)
   def test_zero_taps_have_the_shape_of_the_reads(self, name):
-    case, batch = make_case(name), toy.make_batch()
+    case, batch = make_case(name), case_batch(name)
     taps = case.method.zero_taps(case.state.params, case.state.tables, batch)
     tables = case.method.tables
     self.assertCountEqual(taps, [n for n, t in tables.items() if t.in_model])

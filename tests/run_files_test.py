@@ -230,7 +230,7 @@ class CountsTest(parameterized.TestCase):
       run_files.count_params(method),
       {
         "dense": dense,
-        "sparse": sum(toy.SCHEMA.vocab_sizes.values()) * embed,
+        "sparse": toy.NUM_IDS * embed,
         "active": dense + ids_read * embed,
       },
     )
@@ -260,7 +260,7 @@ class CountsTest(parameterized.TestCase):
     self.assertGreaterEqual(tables[name].shape[0], table.num_rows)
     self.assertEqual(
       counts["sparse"],
-      sum(toy.SCHEMA.vocab_sizes.values()) * 4 + table.num_rows * table.dim,
+      toy.NUM_IDS * 4 + table.num_rows * table.dim,
     )
     slots, rest = divmod(
       counts["active"] - dense - 11 * 4, memory["top_k"] * table.dim

@@ -1,4 +1,5 @@
 import json
+import pathlib
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -34,6 +35,18 @@ FORMS = {
     "price": [True, False, True, True, True, True, False, False],
   },
   "far_numbers": {"price": [1.0, 2, 3, 1e6, -1e6, 6, 7, 8]},
+  "titles": {
+    "title": [
+      "Red wine",
+      "red <pad>",
+      None,
+      "Zebra",
+      "ﬁ 日本",
+      "",
+      "wine",
+      "b\0",
+    ],
+  },
   "texts_of_numbers": {
     "price": ["1", " 2.5", "-3e2 ", "4", "5", "6", "7", "8"],
   },
@@ -46,7 +59,12 @@ def encoder_of(columns):
   description["dense"] = {
     name: values.tolist() for name, values in description["dense"].items()
   }
-  return scorer_lib.Encoder(json.loads(json.dumps(description)), tensors)
+  path = pathlib.Path(columns.directory) / "tokenizer.json"
+  return scorer_lib.Encoder(
+    json.loads(json.dumps(description)),
+    tensors,
+    scorer_lib._read_tokenizer(path),
+  )
 
 
 def take(data, part):
@@ -61,6 +79,8 @@ class EncoderTest(table_case.TableTestCase):
   def test_raw_rows_become_what_the_pipeline_makes_of_them(self, form):
     schema = json.loads(json.dumps(table_case.SCHEMA))
     schema["features"]["history"]["separator"] = " "
+    if "title" in form:
+      schema["features"]["title"] = {"kind": "text", "max_len": 4}
     data = table_case.small_table(**form)
     name = "log.csv" if isinstance(data["price"][0], str) else "log.parquet"
     if name == "log.csv":
@@ -75,7 +95,7 @@ class EncoderTest(table_case.TableTestCase):
       actual = encoder.encode(take(data, split))
       batch = columns.read(split, np.arange(columns.num_rows[split]))
       expected = {"dense": batch.dense, "example_mask": batch.example_mask}
-      for kind in ("ids", "id_mask", "vectors"):
+      for kind in ("ids", "id_mask", "vectors", "tokens", "token_mask"):
         arrays = getattr(batch, kind)
         expected |= {f"{kind}/{k}": v for k, v in arrays.items()}
       self.assertCountEqual(actual, expected)

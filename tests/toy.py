@@ -5,7 +5,7 @@ import numpy as np
 
 from recjax.batch import Batch
 from recjax.data.columns import Block, ColumnWriter
-from recjax.schema import Feature, Label, Roles, Schema
+from recjax.schema import TOKENS, Feature, Label, Roles, Schema
 
 SCHEMA = Schema(
   features=(
@@ -17,6 +17,8 @@ SCHEMA = Schema(
     Feature("age", "dense"),
     Feature("price", "dense"),
     Feature("content", "vector", dim=3),
+    Feature("title", "text", max_len=4),
+    Feature("query", "text", max_len=3),
   ),
   labels=(Label("click"), Label("like"), Label("play_time", "real", "s")),
   roles=Roles(
@@ -26,8 +28,11 @@ SCHEMA = Schema(
     query="user_id",
     scenario="tab",
   ),
-  vocab_sizes={"user_id": 50, "item_id": 40, "tags": 7, "tab": 3},
+  vocab_sizes={"user_id": 50, "item_id": 40, "tags": 7, "tab": 3, TOKENS: 20},
 )
+NUM_IDS = 50 + 40 + 7 + 3
+# An item's title is the same wherever it appears.
+TITLES = np.random.default_rng(7).integers(1, 20, (40, 4))
 
 
 def make_batch(seed: int = 0, size: int = 16, num_padding: int = 0) -> Batch:
@@ -68,8 +73,22 @@ def make_batch(seed: int = 0, size: int = 16, num_padding: int = 0) -> Batch:
       "query": jnp.asarray(ids["user_id"], jnp.int32),
     },
     example_mask=jnp.asarray(valid),
+    **_texts(seed, ids["item_id"], valid),
     real_labels=frozenset({"play_time"}),
   )
+
+
+def _texts(seed, items, valid):
+  """Titles of the items, the first of which are short, and random queries."""
+  rng = np.random.default_rng([seed, 2])
+  queries = rng.integers(1, 20, (len(items), 3))
+  found = {"title": (TITLES[items], items % 5), "query": (queries, items % 3)}
+  tokens, token_mask = {}, {}
+  for name, (values, lengths) in found.items():
+    mask = (np.arange(values.shape[1]) < lengths[:, None]) & valid[:, None]
+    tokens[name] = jnp.asarray(values * mask, jnp.int32)
+    token_mask[name] = jnp.asarray(mask)
+  return {"tokens": tokens, "token_mask": token_mask}
 
 
 def pair(user: Batch, candidates: Batch, names) -> Batch:
@@ -88,6 +107,8 @@ def pair(user: Batch, candidates: Batch, names) -> Batch:
     ids=merge(user.ids, candidates.ids),
     id_mask=merge(user.id_mask, candidates.id_mask),
     vectors=merge(user.vectors, candidates.vectors),
+    tokens=merge(user.tokens, candidates.tokens),
+    token_mask=merge(user.token_mask, candidates.token_mask),
     scenario=repeat(user.scenario),
   )
 
@@ -101,6 +122,11 @@ def write_dataset(directory, num_rows: int = 600, seed: int = 0):
       name, rng.integers(0, size, 1000).astype(np.int32)
     )
     for name, size in (("tags", 7), ("history", 40))
+  }
+  more = np.random.default_rng([seed, 2])
+  start |= {
+    name: writer.append_values(name, more.integers(1, 20, 1000))
+    for name in ("title", "query")
   }
   for split, share in (("train", 4), ("valid", 1), ("test", 1)):
     n = num_rows * share // 6

@@ -1,4 +1,4 @@
-"""What the recipes share: the KuaiRand log and how all models are trained."""
+"""What the recipes share: their data and how all models are trained."""
 
 import ml_collections
 
@@ -25,8 +25,7 @@ def kuairand(model_name: str, size: str) -> ml_collections.ConfigDict:
   Every model of a table gets the same budget: one set of optimiser settings,
   epochs and early stop.
   """
-  if size not in SIZES:
-    raise UserError(f"unknown size {size!r} of a recipe" + suggest(size, SIZES))
+  _check_size(size)
   config = ml_collections.ConfigDict()
   config.model_name = model_name
   config.seed = 0
@@ -156,3 +155,70 @@ def cold_start(model_name: str, size: str) -> ml_collections.ConfigDict:
     config.optimizer.update(learning_rate=1e-3, weight_decay=0.0)
     config.optimizer.sparse.update(name="lazy_adam", learning_rate=1e-3)
   return config
+
+
+# Trial methods: the trunk and the heads, and how an allocation is learned.
+OUTCOME_NETWORK = dict(
+  learner="shared",
+  mlp_dims=(64, 32),
+  head_dims=(32,),
+  increment="square",
+  embed_dim=8,
+  numeric_dim=0,
+  dropout_rate=0.0,
+  embed_init_scale=0.01,
+  dtype="float32",
+)
+
+
+def trial(model_name: str, size: str) -> ml_collections.ConfigDict:
+  """Blocks for `model_name` on a randomised trial, all of `two_stage`'s keys.
+
+  The data is Hillstrom's trial; `--config.data.name=synthetic_trial
+  --config.data.world=misspecified` is a planted one. Large batches: of T
+  treatments only one in T people has the one that a policy names. `paper` is
+  the network that DFCL (arXiv 2407.13664) states for its multi-treatment data;
+  E2E states none that could be read.
+  """
+  _check_size(size)
+  config = ml_collections.ConfigDict()
+  config.model_name = model_name
+  config.seed = 0
+  config.model = dict(OUTCOME_NETWORK)
+  config.data = dict(name="hillstrom")
+  config.optimizer = dict(
+    name="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-5,
+    clip_norm=1.0,
+    schedule="cosine",
+    warmup_steps=20,
+    ema_decay=0.0,
+    # How fast the price of a budget follows the batches; see the model.
+    scale_rules=("log_multiplier=30",),
+    sparse=dict(name="rowwise_adagrad", learning_rate=0.01, weight_decay=0.0),
+  )
+  config.train = dict(
+    batch_size=4096,
+    eval_batch_size=8192,
+    num_epochs=0,
+    num_train_steps=400,
+    eval_every_steps=40,
+    log_every_steps=40,
+    checkpoint_every_steps=0,
+    early_stop_patience=0,
+    monitor="valid/trial/eom",
+    non_finite="stop",
+  )
+  config.parallel = dict(mode="mesh", data=1, model=1)
+  if size == "tiny":
+    config.model.update(mlp_dims=(8,), head_dims=())
+    config.train.update(batch_size=512, num_train_steps=20, eval_every_steps=10)
+  if size == "paper":
+    config.model.update(mlp_dims=(64, 32, 32), head_dims=())
+  return config
+
+
+def _check_size(size: str) -> None:
+  if size not in SIZES:
+    raise UserError(f"unknown size {size!r} of a recipe" + suggest(size, SIZES))

@@ -74,7 +74,9 @@ class ColumnWriter:
     self._num_values = dict.fromkeys(self._values, 0)
     self._list_end = dict.fromkeys(self._values, 0)
     self._max_len = dict.fromkeys(self._values, 0)
-    self._max_id = {f.name: 0 for f in schema.id_features}
+    self._max_id = {
+      f.name: 0 for f in (*schema.id_features, *schema.text_features)
+    }
     self._groups = None
     self._moments = Moments(len(schema.dense_features))
 
@@ -204,7 +206,7 @@ class ColumnWriter:
     )
 
   def _check_ranges(self, schema: Schema):
-    for feature in schema.id_features:
+    for feature in (*schema.id_features, *schema.text_features):
       size = schema.vocab_sizes[feature.vocab]
       if self._max_id[feature.name] >= size:
         raise ValueError(
@@ -331,6 +333,10 @@ class Columns:
         event_age[feature.name] = np.where(mask, time - times, 0).astype(
           np.float32
         )
+    texts = [f.name for f in self.schema.text_features]
+    tokens, token_mask = (
+      {name: part.pop(name) for name in texts} for part in (ids, id_mask)
+    )
     labels = labels.view(np.float32)
     observed = ~np.isnan(labels)
     labels = np.where(observed, labels, np.float32(0))
@@ -352,6 +358,8 @@ class Columns:
       example_mask=np.ones(size, bool),
       event_age=event_age,
       trial=layout.unpack_trial(rows) if layout.has_trial else None,
+      tokens=tokens,
+      token_mask=token_mask,
       real_labels=self._real_labels,
     )
 

@@ -10,11 +10,12 @@ table of promotions is not read.
 The log holds purchases and no exposures, so negatives are drawn, by this rule
 (ours; it belongs to every result): beside each purchase stand `negatives`
 products that the basket does not hold, each the product of a random line of the
-same store, week and department, of any household (`completejourney_source.
-draw_examples`). So a product is drawn as often as it is sold there: popularity,
-season and department say next to nothing, and what is left to learn is what
-this household takes of all that it could. AUC is 0.5 for a model that knows
-products alone.
+same store, week and department, of any household
+(`completejourney_source.draw_examples`). So a product is drawn as often as it
+is sold there: popularity, season and department say next to nothing, and what
+is left to learn is what this household takes of all that it could. Trees reach
+a test AUC of 0.54 with what is known of products and 0.80 with what is known of
+the household's own purchases as well.
 
 Rows are the lines of `basket_share` of the baskets, by a hash of their id;
 every line is evidence and history, whether it is a row or not. Split by week:

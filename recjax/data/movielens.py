@@ -23,6 +23,11 @@ rated before and those rated well, and who gave a film its feedback
 (`recjax.data.feedback`): `pinnacle_users` by their stars, `negative_users` at
 random, with `feedback="recent"` the latest of both. The choices are ours.
 
+With `text` two columns of tokens are added: `document`, title and genres of the
+film, and, since nobody typed a query, `query`: the titles of the films that the
+user last rated well, as far back as `query_len` tokens go. A session is then
+the user. Subwords are those of the films of training rows.
+
 Source: Harper and Konstan, ACM TiiS 5, 4 (2015), doi 10.1145/2827872.
 """
 
@@ -35,10 +40,20 @@ from etils import epath
 
 from recjax.data import causal, movielens_source
 from recjax.data import feedback as feedback_lib
+from recjax.data import text as text_lib
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.vocabulary import save_values
 from recjax.errors import UserError
-from recjax.schema import SPLITS, Feature, Label, Roles, Schema, Split, suggest
+from recjax.schema import (
+  SPLITS,
+  TOKENS,
+  Feature,
+  Label,
+  Roles,
+  Schema,
+  Split,
+  suggest,
+)
 
 VERSION = 1
 
@@ -72,6 +87,10 @@ class Config:
     feedback: `pinnacle` or `recent`.
     feedback_len: Users kept of each feedback list.
     protocol: `causal`, or `released`; see `recjax.data.feedback`.
+    text: Whether there are columns of text.
+    text_vocab_size: Most subwords.
+    document_len: Tokens kept of a film's text.
+    query_len: Tokens kept of a query.
   """
 
   root: str = ""
@@ -85,6 +104,10 @@ class Config:
   feedback: str = "pinnacle"
   feedback_len: int = 10
   protocol: str = "causal"
+  text: bool = False
+  text_vocab_size: int = 4000
+  document_len: int = 24
+  query_len: int = 24
 
   def __post_init__(self):
     for name, allowed in (
@@ -97,7 +120,8 @@ class Config:
         raise UserError(
           f"unknown data.{name} {value!r}" + suggest(value, allowed)
         )
-    for name in ("cold_below", "max_len", "feedback_len"):
+    least_1 = ("cold_below", "max_len", "feedback_len", "document_len")
+    for name in (*least_1, "query_len"):
       if getattr(self, name) < 1:
         raise UserError(
           f"data.{name} must be at least 1, got {getattr(self, name)}"
@@ -148,6 +172,10 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
   writer = ColumnWriter(directory, schema)
   data = _Data(ratings, movies, part, config)
   lists = data.write_lists(writer)
+  sizes = {}
+  if config.text:
+    lists |= data.write_texts(writer, directory)
+    sizes[TOKENS] = data.num_tokens
   dense, buckets = data.numbers()
   ids = data.ids() | buckets
   labels = {
@@ -164,10 +192,13 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
         lists={name: (s[rows], k[rows]) for name, (s, k) in lists.items()},
         vectors={},
         labels={name: column[rows] for name, column in labels.items()},
-        groups={"group": ratings.user[rows]},
+        groups={
+          name: ratings.user[rows]
+          for name in ("group", *(("query",) if config.text else ()))
+        },
       ),
     )
-  sizes = {name: len(values) + 1 for name, values in data.values.items()}
+  sizes |= {name: len(values) + 1 for name, values in data.values.items()}
   writer.finish(dataclasses.replace(schema, vocab_sizes=sizes))
   for name, values in data.values.items():
     save_values(directory, name, values)
@@ -220,10 +251,22 @@ def _schema(config: Config) -> Schema:
       *(sequence(name, "movie_id", config.max_len) for name in _LISTS),
       *(sequence(n, "user_id", config.feedback_len) for n in _USER_LISTS),
       *(Feature(name, "dense") for name in _DENSE),
+      *(
+        (
+          Feature("document", "text", max_len=config.document_len),
+          Feature("query", "text", max_len=config.query_len),
+        )
+        if config.text
+        else ()
+      ),
     ),
     labels=(Label("positive"), Label("rating", "real", unit="stars")),
     roles=Roles(
-      user="user_id", item="movie_id", time="timestamp", group="user_id"
+      user="user_id",
+      item="movie_id",
+      time="timestamp",
+      group="user_id",
+      query="user_id" if config.text else None,
     ),
     split=Split(by="time", column="timestamp"),
   )
@@ -325,6 +368,49 @@ class _Data:
       start = first + np.cumsum(length) - length
       lists[name] = start, length.astype(np.int32)
     return lists
+
+  def write_texts(self, writer: ColumnWriter, directory: epath.PathLike):
+    """Writes all tokens; returns start and length of texts by row."""
+    movie, config = self.ratings.movie, self.config
+    titles, genres = self.movies.titles, self.movies.genres
+    documents = [
+      " ".join([title, *names])
+      for title, names in zip(titles, genres, strict=True)
+    ]
+    seen = np.unique(movie[self.part == 0]).tolist()
+    tokenizer = text_lib.train_tokenizer(
+      sorted({documents[m] for m in seen}), config.text_vocab_size
+    )
+    text_lib.save_tokenizer(directory, tokenizer)
+    self.num_tokens = tokenizer.get_vocab_size()
+    start, length = text_lib.TokenStore(tokenizer, writer).add(
+      "document", config.document_len, pa.array(documents, pa.large_string())
+    )
+    return {
+      "document": (start[movie], length[movie].astype(np.int32)),
+      "query": self._write_queries(writer, tokenizer),
+    }
+
+  def _write_queries(self, writer: ColumnWriter, tokenizer):
+    """Tokens of titles one after the other, as events follow each other.
+
+    So a row's query is a slice that ends with its user's last event.
+    """
+    events, first, count = feedback_lib.history_slices(
+      self.log, self.positive, protocol=self.config.protocol
+    )
+    tokens = [
+      np.array(found.ids, np.int32)
+      for found in tokenizer.encode_batch(self.movies.titles)
+    ]
+    films = self.ratings.movie[events]
+    lengths = np.array([len(found) for found in tokens], np.int64)[films]
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.concatenate([np.zeros(0, np.int32), *(tokens[f] for f in films)])
+    begin = writer.append_values("query", flat)
+    start, end = ends[first], ends[first + count]
+    length = np.minimum(end - start, self.config.query_len)
+    return begin + end - length, length.astype(np.int32)
 
   def _write_genres(self, writer: ColumnWriter):
     """Genres of a film, known ones alone where a training row has them."""

@@ -76,10 +76,12 @@ class Movies:
   Attributes:
     genres: Names, none where unknown.
     year: Of release; 0 where unknown.
+    titles: Without the year; empty where unknown.
   """
 
   genres: list[list[str]]
   year: np.ndarray
+  titles: list[str]
 
 
 def find_source(root: str) -> Source:
@@ -144,13 +146,14 @@ def read_ratings(path: pathlib.Path) -> Ratings:
 def read_movies(path: pathlib.Path, movie_ids: np.ndarray) -> Movies:
   """Genres and years of the films in `movie_ids`; unknown ones have none."""
   known = {movie: (title, genres) for movie, title, genres in _titles(path)}
-  genres, years = [], np.zeros(len(movie_ids), np.int64)
+  genres, titles, years = [], [], np.zeros(len(movie_ids), np.int64)
   for number, movie in enumerate(movie_ids.tolist()):
     title, names = known.get(movie, ("", []))
     year = _YEAR.search(title)
     genres.append(names)
+    titles.append(_YEAR.sub("", title).strip())
     years[number] = int(year[1]) if year else 0
-  return Movies(genres, years)
+  return Movies(genres, years, titles)
 
 
 def _read_table(path: pathlib.Path) -> pa.Table:

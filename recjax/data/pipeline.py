@@ -31,6 +31,7 @@ from absl import logging
 
 import recjax.data
 from recjax.batch import Batch
+from recjax.data import balance
 from recjax.data.columns import FORMAT, Columns, pad_batch
 from recjax.data.length_buckets import LengthBuckets
 from recjax.errors import UserError
@@ -264,7 +265,9 @@ def _prepare(adapter, options, sources: list[pathlib.Path], directory):
     ) from error
   try:
     adapter.prepare(options, scratch)
-    Columns(scratch)
+    columns = Columns(scratch)
+    if columns.schema.trial is not None:
+      balance.warn(columns)
     try:
       scratch.rename(directory)
     except OSError as error:

@@ -19,8 +19,9 @@ class Block:
   Attributes:
     dense: Raw values, columns in the order of `Schema.dense_features`.
     ids: Single-valued id feature -> row of its vocabulary.
-    lists: Sequence or multi-valued feature -> start and length of each row's
-      slice of the values given to `ColumnWriter.append_values`, oldest first.
+    lists: Sequence, multi-valued or text feature -> start and length of each
+      row's slice of the values given to `ColumnWriter.append_values`, oldest
+      first.
     vectors: Vector feature -> its values.
     labels: Label -> outcome, NaN where missing.
     groups: `"group"` and `"query"`, where the data has them -> any numbers

@@ -15,12 +15,14 @@ The schema file's form is in `recjax.schema`. How values are read:
 * `multi` and `sequence`: a list column, or strings with a `separator`. Null is
   an empty list; null and empty values in a list are left out. For the times
   and sides of events see `recjax.data.table_events`.
+* `text`: strings; null has no tokens. See `recjax.data.text`.
 * `dense` and `vector`: finite numbers; null is an error.
 * labels: null and NaN are missing, and masked; binary ones are 0 or 1.
 * In CSV files an empty field is null, and ids are strings.
 
-The table is streamed twice (three times if split by time), so memory does not
-grow with its rows, only with the number of distinct values and groups.
+The table is streamed twice (once more if split by time, and once more if it
+has text), so memory does not grow with its rows, only with the number of
+distinct values, texts and groups.
 """
 
 import collections
@@ -33,6 +35,7 @@ import pyarrow as pa
 from absl import logging
 
 from recjax.data import table_events
+from recjax.data import text as text_lib
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.table_columns import (
   group_keys,
@@ -50,7 +53,7 @@ from recjax.data.vocabulary import (
   save_values,
 )
 from recjax.errors import UserError
-from recjax.schema import SPLITS, Schema
+from recjax.schema import SPLITS, TOKENS, Schema
 
 VERSION = 3
 
@@ -62,10 +65,12 @@ class Config:
   Attributes:
     path: A `.parquet` or `.csv` file, or a folder of such parts.
     schema: The schema file.
+    text_vocab_size: Most subwords of the text columns together.
   """
 
   path: str
   schema: str
+  text_vocab_size: int = 30_000
 
 
 def sources(config: Config) -> list[pathlib.Path]:
@@ -97,8 +102,17 @@ def prepare(config: Config, directory: pathlib.Path) -> None:
   splitter = make_splitter(schema.split, source, directory)
   tables, groups = _collect(schema, source, splitter, value_types)
   trial = schema.trial and TrialReader(schema, source, splitter)
-  encoder = _Encoder(schema, value_types, tables, groups, trial)
   writer = ColumnWriter(directory, schema)
+  sizes = {name: table.size for name, table in tables.items()}
+  texts = None
+  if schema.text_features:
+    tokenizer = text_lib.train_tokenizer(
+      _training_texts(schema, source, splitter), config.text_vocab_size
+    )
+    text_lib.save_tokenizer(directory, tokenizer)
+    texts = text_lib.TokenStore(tokenizer, writer)
+    sizes[TOKENS] = tokenizer.get_vocab_size()
+  encoder = _Encoder(schema, value_types, tables, groups, trial, texts)
   counts = _Counts(schema)
   for rows in source.read(_used_columns(schema)):
     parts = splitter(rows)
@@ -117,7 +131,6 @@ def prepare(config: Config, directory: pathlib.Path) -> None:
         count,
         name,
       )
-  sizes = {name: table.size for name, table in tables.items()}
   writer.finish(
     dataclasses.replace(
       schema, vocab_sizes=sizes, trial=trial and trial.prepared
@@ -166,12 +179,13 @@ def read_raw(config: Config, split: str, num_rows: int) -> dict[str, list]:
 class _Encoder:
   """Turns rows of the table into blocks of the store, checking each value."""
 
-  def __init__(self, schema, value_types, tables, groups, trial):
+  def __init__(self, schema, value_types, tables, groups, trial, texts):
     self._schema = schema
     self._value_types = value_types
     self._tables = tables
     self._groups = groups
     self._trial = trial
+    self._texts = texts
     self.simultaneous = collections.Counter()
 
   def encode(self, rows: Rows, writer: ColumnWriter) -> Block:
@@ -193,6 +207,10 @@ class _Encoder:
       lists[feature.name] = (first + np.cumsum(lengths) - lengths, lengths)
       if events is not None:
         self.simultaneous[feature.name] += events.num_simultaneous
+    for feature in schema.text_features:
+      lists[feature.name] = self._texts.add(
+        feature.name, feature.max_len, _texts(rows, feature.name)
+      )
     dense = [self._dense(rows, f.name) for f in schema.dense_features]
     return Block(
       dense=(
@@ -302,10 +320,10 @@ class _Counts:
 def _check_supported(schema: Schema, where: str):
   for feature in schema.features:
     place = f"{where}: feature {feature.name!r}"
-    if feature.kind in ("text", "image"):
+    if feature.kind == "image":
       raise UserError(
-        f"{place}: kind {feature.kind!r} is not supported yet; encode it to "
-        "a vector column"
+        f"{place}: kind 'image' is not supported yet; encode it to a vector "
+        "column"
       )
     if feature.buckets is not None and feature.vocabulary is not None:
       raise UserError(
@@ -375,3 +393,19 @@ def _collect(schema: Schema, source: Source, splitter, value_types):
   return tables, {
     name: (columns[name], builder.finish()) for name, builder in groups.items()
   }
+
+
+def _training_texts(schema: Schema, source: Source, splitter) -> list[str]:
+  """The distinct texts of the training part, in their own order."""
+  names = [feature.name for feature in schema.text_features]
+  builder = VocabularyBuilder(pa.large_string())
+  by = [schema.split.column] if schema.split.by != "random" else []
+  for rows in source.read([*names, *by]):
+    chosen = pa.array(splitter(rows) == SPLITS.index("train"))
+    for name in names:
+      builder.add(_texts(rows, name).filter(chosen))
+  return builder.finish().values.drop_null().to_pylist()
+
+
+def _texts(rows: Rows, name: str) -> pa.Array:
+  return rows.column(name).cast(pa.large_string())

@@ -115,6 +115,10 @@ def _element_type(feature: Feature, found: pa.DataType, path) -> pa.DataType:
   if feature.kind == "dense":
     _check_number(feature.name, found, path)
     return found
+  if feature.kind == "text":
+    if not is_string(found) and not pa.types.is_null(found):
+      raise UserError(f"{where}: has type {found}; text must be strings")
+    return found
   if feature.is_list or feature.kind == "vector":
     if is_list(found):
       found = found.value_type

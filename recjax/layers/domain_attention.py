@@ -61,11 +61,11 @@ class DomainAttention(nn.Module):
     shape = (self.num_tokens, dim, dim)
     names = ("query", "key", "value")
     kernels = [self.param(n, KERNEL_INIT, shape) for n in names]
+    if self.pre_norm:
+      x = nn.LayerNorm(dtype=self.dtype, name="query_norm")(x)
     x, *kernels = nn.dtypes.promote_dtype(x, *kernels, dtype=self.dtype)
     group_id = None if blocks is None else blocks.group_id
     query, key, value = (take_groups(kernel, group_id) for kernel in kernels)
-    if self.pre_norm:
-      x = nn.LayerNorm(dtype=self.dtype, name="query_norm")(x)
     heads = (self.num_heads, dim // self.num_heads)
     # [tokens, dim, heads, head]; scaled as scores are.
     key = key.reshape(-1, dim, *heads) * heads[1] ** -0.5

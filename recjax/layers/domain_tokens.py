@@ -110,7 +110,8 @@ class InitialTokens(nn.Module):
       self.dtype,
       name=family,
     )(inputs.astype(self.dtype), group_id, train=train)
-    return jax.nn.relu(token)
+    # Layers add to the tokens; in few bits the sum would lose what they add.
+    return jax.nn.relu(token).astype(jnp.float32)
 
 
 def important_features(

@@ -1,6 +1,6 @@
 """From a batch and its embedding rows to the inputs of a network."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -36,11 +36,17 @@ class FeatureTokens(nn.Module):
 
   @nn.compact
   def __call__(
-    self, batch: Batch, rows: dict[str, Array]
+    self,
+    batch: Batch,
+    rows: dict[str, Array],
+    extra: Sequence[Float[Array, "batch _"]] = (),
   ) -> Float[Array, "tokens batch dim"]:
+    """The tokens of a batch; `extra` are more inputs, behind its features."""
     inputs = ConcatFeatures(
       self.schema, self.numeric_dim, self.dtype, name="inputs"
     )(batch, rows)
+    extra = [part.astype(inputs.dtype) for part in extra]
+    inputs = jnp.concatenate([inputs, *extra], axis=-1)
     slices = cut_into_tokens(inputs, self.num_tokens)
     return PerTokenDense(self.token_dim, self.dtype, name="project")(slices)
 

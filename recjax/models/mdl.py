@@ -304,7 +304,9 @@ class Model(nn.Module):
     else:
       inputs = tokens.tasks
     if config.final_norm:
-      inputs = nn.LayerNorm(dtype=x.dtype, name="final_norm")(inputs)
+      # Small tokens are scaled up here, and with them what was rounded.
+      inputs = inputs.astype(jnp.float32)
+      inputs = nn.LayerNorm(dtype=jnp.float32, name="final_norm")(inputs)
     return TaskTowers(
       config.tasks, config.head_dim, config.dropout_rate, x.dtype, name="heads"
     )(inputs, train=train)

@@ -36,6 +36,11 @@ class Table:
       table with `in_model.read`.
     init_scale: Standard deviation of the initial normal values.
     learning_rate_scale: Multiplies the sparse learning rate.
+    trained: False for a bank: rows that the model reads as constants and, in
+      training, overwrites; see `Writes`. It has no state of an optimiser.
+    stamps: Name of the bank whose rows' last writes this one dates: its single
+      column is set to the number of the step, from 1; 0 is never. Float32
+      holds numbers of steps up to 2 ** 24 exactly.
     dtype: `float32` or `bfloat16`. A bfloat16 table is stored as its bits
       (uint16), because XLA on the CPU converts a whole bfloat16 array to
       float32 at every use.
@@ -51,6 +56,8 @@ class Table:
   in_model: bool = False
   init_scale: float = 0.01
   learning_rate_scale: float = 1.0
+  trained: bool = True
+  stamps: str | None = None
   dtype: str = "float32"
 
   def __post_init__(self):
@@ -64,6 +71,12 @@ class Table:
         f"(in_model): got first_row={dict(self.first_row)}, "
         f"in_model={self.in_model}"
       )
+    if self.trained and self.stamps or self.in_model and not self.trained:
+      raise ValueError(
+        "a bank (trained=False) is read by features, and only a bank stamps"
+      )
+    if self.stamps and (self.dim, self.dtype) != (1, "float32"):
+      raise ValueError("a table that stamps has one column of float32")
 
   @property
   def shape(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from absl.testing import absltest, parameterized
 from table_case import TableTestCase
 
+from experiments import trees
 from recjax import export, raw_rows
 from recjax.data import table
 from recjax.data.columns import Block, Columns, ColumnWriter, pad_batch
@@ -423,6 +424,24 @@ class StoreTest(parameterized.TestCase):
     ]
     np.testing.assert_array_equal(
       self.columns.lengths("train", rows), np.stack(expected, axis=1)
+    )
+
+  def test_trees_see_lengths_and_the_last_age(self):
+    names, _ = trees._columns(self.columns)
+    found = trees._matrix(self.columns, "train", "click")["x"]
+    self.assertEqual(found.shape, (60, len(names)))
+    columns = dict(zip(names, found.T, strict=True))
+    self.assertNotIn("watched_tab_length", columns)
+    self.assertNotIn("seen_last_age", columns)
+    lengths = self.block.lists["liked"][1]
+    np.testing.assert_array_equal(
+      columns["liked_length"], np.minimum(lengths, 6)
+    )
+    last = self.block.lists["liked"][0] + lengths - 1
+    age = self.block.time - self.values["liked"]["time"][last]
+    np.testing.assert_array_equal(
+      columns["liked_last_age"],
+      np.where(lengths > 0, age, np.nan).astype(np.float32),
     )
 
   def test_padding_has_no_events(self):

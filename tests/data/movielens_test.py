@@ -7,11 +7,11 @@ import tempfile
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from recjax.data import movielens, movielens_source
+from recjax.data import movielens, movielens_source, text
 from recjax.data.columns import Columns
 from recjax.data.vocabulary import load_values
 from recjax.errors import UserError
-from recjax.schema import SPLITS
+from recjax.schema import SPLITS, TOKENS
 
 _TITLES = {
   1: ("Toy Story (1995)", ["Animation", "Comedy"]),
@@ -206,6 +206,49 @@ class MovieLensTest(parameterized.TestCase):
       path.write_text(f"userId,movieId,rating,timestamp\n{line}\n")
       with self.assertRaisesRegex(UserError, message):
         prepare(root=folder)
+
+
+class TextTest(absltest.TestCase):
+  def test_documents_and_the_titles_that_a_user_last_liked(self):
+    with tempfile.TemporaryDirectory() as source:
+      write_archive(source, "csv")
+      with tempfile.TemporaryDirectory() as folder:
+        movielens.prepare(
+          movielens.Config(
+            root=source, text=True, text_vocab_size=400, query_len=9
+          ),
+          folder,
+        )
+        columns = Columns(folder)
+        tokenizer = text.load_tokenizer(folder)
+        parts = [
+          columns.read(split, np.arange(columns.num_rows[split]))
+          for split in SPLITS
+        ]
+        films = load_values(folder, "movie_id").to_pylist()
+    titles = {m: t.split(" (")[0] for m, (t, _) in _TITLES.items()}
+    known = {m: tokenizer.encode(t).ids for m, t in titles.items()}
+    lengths = set()
+    for batch in parts:
+      for i in range(batch.size):
+        row = batch.ids["movie_id"][i]
+        held = batch.tokens["document"][i][batch.token_mask["document"][i]]
+        film = films[row - 1]
+        expected = " ".join([titles[film], *_TITLES[film][1]]).lower()
+        self.assertEqual(tokenizer.decode(held.tolist()).strip(), expected)
+        liked = batch.ids["positive_history"][i]
+        liked = liked[batch.id_mask["positive_history"][i]]
+        tokens = [t for m in liked for t in known[films[m - 1]]][-9:]
+        held = batch.tokens["query"][i][batch.token_mask["query"][i]]
+        self.assertEqual(held.tolist(), tokens)
+        lengths.add(len(tokens))
+    self.assertContainsSubset({0, 9}, lengths)
+    self.assertEqual(
+      columns.schema.vocab_sizes[TOKENS], len(tokenizer.get_vocab())
+    )
+    np.testing.assert_array_equal(
+      parts[0].groups["query"], parts[0].groups["group"]
+    )
 
 
 if __name__ == "__main__":

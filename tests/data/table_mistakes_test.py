@@ -173,7 +173,7 @@ class MistakesTest(TableTestCase):
       {**SCHEMA, "split": {"by": "time", "column": "tim"}},
       "no column 'tim'; did you mean 'time'",
     ),
-    ("text", _features(title={"kind": "text"}), "'text' is not supported"),
+    ("text", _features(title={"kind": "text"}), 'a text needs "max_len"'),
     ("image", _features(title={"kind": "image"}), "'image' is not supp"),
     (
       "chain",

@@ -310,13 +310,13 @@ class CostCurveTest(parameterized.TestCase):
 
   def test_value_at_budgets(self):
     curve = cost_curve.CostCurve(
-      spend=np.array([1.0, 2.0, 1.5, 3.0, 3.0]),
-      value=np.array([0.0, 2.0, 9.0, 4.0, 5.0]),
-      multiplier=np.arange(5.0)[::-1],
+      spend=np.array([1.0, 3.0, 1.5, 2.0, 4.0, 4.0]),
+      value=np.array([0.0, 2.0, 9.0, 7.0, 4.0, 5.0]),
+      multiplier=np.arange(6.0)[::-1],
     )
-    # Spend falls to 1.5 and first is above 2 on the way to 3.
+    # Spend falls to 1.5 and first is above 3 on the way to 4.
     found = cost_curve.value_at_budget(
-      curve, np.array([0.5, 1.5, 2.0, 2.5, 3.0, 7.0])
+      curve, np.array([0.5, 2.0, 3.0, 3.5, 4.0, 7.0])
     )
     np.testing.assert_allclose(found, [0, 1, 2, 3, 5, 5])
 

@@ -1,0 +1,49 @@
+"""All trial methods on Hillstrom's e-mail trial, at the recipes' budgets.
+
+    python -m experiments.sweep --sweep=experiments/sweeps/hillstrom_trial.py \\
+        --workdir=runs/hillstrom_trial --num_processes=2 \\
+        --results=experiments/results/hillstrom_trial
+
+Expected outcome at six budgets and the area under the cost curve; the same
+optimiser, steps and network for all.
+"""
+
+from experiments.sweeps import common
+from recjax.metrics.trial import SHARES
+from recjax.sweep import Sweep
+
+
+def get_sweep(dataset: str = "hillstrom") -> Sweep:
+  """Every method once; no tuning beyond the choice of the checkpoint."""
+  data = {"data": {"name": dataset}}
+
+  def model(label, recipe, **words):
+    words = {f"model.{key}": value for key, value in words.items()}
+    return common.model(label, f"{recipe}:base", data | words)
+
+  return Sweep(
+    models=(
+      model("two_stage_s", "two_stage", learner="s"),
+      model("two_stage_t", "two_stage", learner="t"),
+      model("two_stage_shared", "two_stage"),
+      model("x_learner", "x_learner"),
+      model("cfrnet", "cfrnet"),
+      model("drnet", "drnet"),
+      model("drp", "drp"),
+      model("e3ir", "e3ir"),
+      model("dfcl_pl", "dfcl", loss="pl"),
+      model("dfcl_mer", "dfcl", loss="mer"),
+      model("dfcl_ifd", "dfcl", loss="ifd"),
+      model("e2e_e1", "budget_allocation", estimator="nes"),
+      model("e2e_e2", "budget_allocation", estimator="row_nes"),
+      model("e2e_e3", "budget_allocation"),
+    ),
+    baseline="two_stage_shared",
+    num_trials=0,
+    metric="valid/trial/eom",
+    table_metrics=(
+      "test/trial/eom",
+      *(f"test/trial/eom@{round(100 * share)}" for share in SHARES),
+      "test/trial/cost_curve_area",
+    ),
+  )

@@ -1,0 +1,162 @@
+"""What predictions for a randomised trial are worth: decisions, not errors.
+
+At each of six budgets the predictions make a policy, `argmax_j response -
+multiplier cost` with the multiplier at which the policy spends the budget, and
+the trial says what it earns: EOM, the expected outcome, from the people whose
+own treatment is the one that the policy names (`recjax.metrics.cost_curve`,
+self-normalised). The spending is observed like the earning, so that a wrong
+prediction of the cost costs something.
+
+Budgets are shares of the way from the mean cost of the cheapest treatment to
+that of the dearest, as observed; names carry them in percent (`eom@45`).
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+from recjax.batch import TrialRows
+from recjax.metrics import cost_curve, uplift
+
+SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+_STEPS = 40
+
+
+def summarize(
+  response: Float[np.ndarray, "people treatments"],
+  cost: Float[np.ndarray, "people treatments"],
+  trial: TrialRows,
+  *,
+  truth: dict[str, Float[np.ndarray, "people treatments"]] | None = None,
+) -> dict[str, float]:
+  """Metrics of one part of a trial.
+
+  Args:
+    response: Predicted response.
+    cost: Predicted cost.
+    trial: What was drawn and seen.
+    truth: `response` and `cost` of every treatment, where the data is planted.
+
+  Returns:
+    `eom@P` at each budget and their mean `eom`, in units of the response;
+    `cost_curve_area`, and `aucc` where there is one treatment beside none;
+    `response_rmse` and `cost_rmse` of what was seen; and, with a truth,
+    `regret@P` and `regret`: what the best plan of the budget earns beyond this
+    policy, over what it earns beyond giving nothing.
+
+  Example:
+    >>> n = np.arange(4)
+    >>> response = np.array([[0.0, 1.0], [0.0, 3.0], [0.0, 2.0], [0.0, 0.0]])
+    >>> cost = np.array([[0.0, 1.0]] * 4)
+    >>> trial = TrialRows(n % 2, 1.0 * n, 1.0 * (n % 2), n * 0 + 0.5, n)
+    >>> sorted(summarize(response, cost, trial))[:4]
+    ['aucc', 'cost_curve_area', 'cost_rmse', 'eom']
+  """
+  response, cost = np.float64(response), np.float64(cost)
+  weight = 1.0 / np.float64(trial.propensity)
+  names = [f"@{round(100 * share)}" for share in SHARES]
+  budgets = trial_budgets(trial, response.shape[1])
+  seen = (trial.treatment, trial.response, trial.cost, trial.propensity)
+  curve = cost_curve.cost_curve(response, cost, *seen)
+  earned = cost_curve.value_at_budget(curve, budgets)
+  values = {"eom": float(earned.mean())}
+  values |= {f"eom{n}": float(v) for n, v in zip(names, earned, strict=True)}
+  values["cost_curve_area"] = cost_curve.cost_curve_area(curve)
+  if response.shape[1] == 2:
+    added = np.diff(response, axis=1)[:, 0], np.diff(cost, axis=1)[:, 0]
+    scores = added[0] / np.maximum(added[1], 1e-12)
+    values["aucc"] = uplift.aucc(
+      scores, *seen[:3], propensity=np.float64(trial.propensity)
+    )
+  for label, table, seen in (
+    ("response", response, trial.response),
+    ("cost", cost, trial.cost),
+  ):
+    own = np.take_along_axis(table, trial.treatment[:, None], axis=1)[:, 0]
+    error = np.sum(weight * (own - seen) ** 2) / np.sum(weight)
+    values[f"{label}_rmse"] = float(np.sqrt(error))
+  if truth is not None:
+    shares = [
+      regret(response, cost, truth["response"], truth["cost"], share)
+      for share in SHARES
+    ]
+    values |= {f"regret{n}": v for n, v in zip(names, shares, strict=True)}
+    values["regret"] = float(np.mean(shares))
+  return values
+
+
+def metric_names(has_truth: bool = False) -> list[str]:
+  """Names that `summarize` gives."""
+  kinds = ["eom", "regret"] if has_truth else ["eom"]
+  names = [
+    f"{kind}{suffix}"
+    for kind in kinds
+    for suffix in ("", *(f"@{round(100 * share)}" for share in SHARES))
+  ]
+  return [*names, "cost_curve_area", "aucc", "response_rmse", "cost_rmse"]
+
+
+def trial_budgets(
+  trial: TrialRows, num_treatments: int
+) -> Float[np.ndarray, " budgets"]:
+  """Per-head budgets of `SHARES` between the treatments' observed costs."""
+  weight = 1.0 / np.float64(trial.propensity)
+  total = np.bincount(trial.treatment, weight, num_treatments)
+  spent = np.bincount(trial.treatment, weight * trial.cost, num_treatments)
+  means = spent[total > 0] / total[total > 0]
+  return means.min() + np.asarray(SHARES) * (means.max() - means.min())
+
+
+def regret(
+  response: Float[np.ndarray, "people treatments"],
+  cost: Float[np.ndarray, "people treatments"],
+  true_response: Float[np.ndarray, "people treatments"],
+  true_cost: Float[np.ndarray, "people treatments"],
+  share: float,
+) -> float:
+  """Share of the attainable gain that a policy of these predictions misses.
+
+  Both policies spend the same budget by the true costs.
+  """
+  means = true_cost.mean(axis=0)
+  budget = means.min() + share * (means.max() - means.min())
+  rows = np.arange(len(true_cost))
+
+  def value(response, cost):
+    choice = policy_at_budget(
+      response, cost, budget, lambda c: true_cost[rows, c].mean()
+    )
+    return true_response[rows, choice].mean()
+
+  best = value(true_response, true_cost)
+  none = true_response[:, 0].mean()
+  return float((best - value(response, cost)) / (best - none))
+
+
+def policy_at_budget(response, cost, budget: float, spend):
+  """Choices at the least multiplier at which `spend(choices)` fits."""
+
+  def choose(multiplier):
+    return np.argmax(response - multiplier * cost, axis=1)
+
+  def fits(choice):
+    # One part in a billion: sums of the same costs differ in their last bits.
+    return not spend(choice) > budget * (1 + 1e-9)
+
+  choice = choose(0.0)
+  if fits(choice):
+    return choice
+  low, high = 0.0, np.std(response) / max(np.std(cost), 1e-30) + 1e-30
+  choice = choose(high)
+  for _ in range(60):
+    if fits(choice):
+      break
+    low, high = high, 2.0 * high
+    choice = choose(high)
+  for _ in range(_STEPS):
+    middle = 0.5 * (low + high)
+    tried = choose(middle)
+    if fits(tried):
+      high, choice = middle, tried
+    else:
+      low = middle
+  return choice

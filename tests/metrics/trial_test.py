@@ -1,0 +1,108 @@
+"""Metrics of a trial against loops, and against planted truth."""
+
+import numpy as np
+from absl.testing import absltest
+
+from recjax.batch import TrialRows
+from recjax.data import synthetic_trial
+from recjax.metrics import trial as trial_metrics
+from recjax.metrics.uplift import eom
+
+
+def planted(world="misspecified", num_rows=4000, seed=0):
+  config = synthetic_trial.Config(world, num_rows=num_rows, seed=seed)
+  return synthetic_trial.draw(config, "train")
+
+
+class TrialTest(absltest.TestCase):
+  def test_true_tables_have_no_regret_and_others_have(self):
+    x, trial, truth = planted()
+    best = trial_metrics.summarize(
+      truth["response"], truth["cost"], trial, truth=truth
+    )
+    self.assertLess(abs(best["regret"]), 1e-9)
+    flat = np.random.default_rng(0).normal(size=truth["response"].shape)
+    worse = trial_metrics.summarize(flat, truth["cost"], trial, truth=truth)
+    self.assertGreater(worse["regret"], 0.3)
+    self.assertGreater(best["eom"], worse["eom"])
+
+  def test_regret_is_what_a_search_over_prices_finds(self):
+    x, _, truth = planted(num_rows=300)
+    r, c = truth["response"], truth["cost"]
+    predicted = r + 3 * np.random.default_rng(1).normal(size=r.shape)
+    means = c.mean(0)
+    budget = means.min() + 0.45 * (means.max() - means.min())
+
+    def value(table):
+      # All prices at which somebody changes.
+      prices = [0.0]
+      for row, cost in zip(table, c, strict=True):
+        for j in range(4):
+          for k in range(j):
+            if cost[j] != cost[k]:
+              prices.append((row[j] - row[k]) / (cost[j] - cost[k]))
+      prices = np.sort([p for p in prices if p >= 0])
+      low, high = 0, len(prices) - 1
+      rows = np.arange(len(c))
+      pick = lambda p: (table - (p + 1e-12) * c).argmax(1)  # noqa: E731
+      while low < high:
+        middle = (low + high) // 2
+        if c[rows, pick(prices[middle])].mean() <= budget:
+          high = middle
+        else:
+          low = middle + 1
+      return r[rows, pick(prices[low])].mean()
+
+    none = r[:, 0].mean()
+    expected = (value(r) - value(predicted)) / (value(r) - none)
+    actual = trial_metrics.regret(predicted, c, r, c, 0.45)
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+  def test_expected_outcomes_are_those_of_the_policy_at_the_budget(self):
+    _, trial, truth = planted()
+    noise = np.random.default_rng(2).normal(size=truth["response"].shape)
+    response = truth["response"] + noise
+    values = trial_metrics.summarize(response, truth["cost"], trial)
+    budgets = trial_metrics.trial_budgets(trial, 4)
+    for share, budget in zip(trial_metrics.SHARES, budgets, strict=True):
+      choice = trial_metrics.policy_at_budget(
+        response,
+        truth["cost"],
+        budget,
+        lambda c: eom(c, trial.treatment, trial.cost, trial.propensity),
+      )
+      expected = eom(choice, trial.treatment, trial.response, trial.propensity)
+      # Spending as observed is no monotone function of a price.
+      self.assertAlmostEqual(
+        values[f"eom@{round(100 * share)}"], expected, delta=0.03
+      )
+
+  def test_one_treatment_has_an_area_under_the_cost_curve(self):
+    _, trial, truth = planted()
+    two = trial.treatment < 2
+    rows = TrialRows(
+      *(
+        v[two]
+        for v in (
+          trial.treatment,
+          trial.response,
+          trial.cost,
+          trial.propensity,
+          trial.cluster,
+        )
+      )
+    )
+    tables = (truth["response"][two, :2], truth["cost"][two, :2])
+    self.assertGreater(trial_metrics.summarize(*tables, rows)["aucc"], 0.6)
+    reverse = trial_metrics.summarize(-tables[0], tables[1], rows)
+    self.assertLess(reverse["aucc"], 0.4)
+
+  def test_names_are_those_that_are_measured(self):
+    _, trial, truth = planted(num_rows=500)
+    values = trial_metrics.summarize(*truth.values(), trial, truth=truth)
+    known = trial_metrics.metric_names(has_truth=True)
+    self.assertCountEqual(values, [n for n in known if n != "aucc"])
+
+
+if __name__ == "__main__":
+  absltest.main()

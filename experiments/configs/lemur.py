@@ -30,7 +30,7 @@ def get_config(size: str = "base"):
     embed_init_scale=0.01,
     dtype="float32",
     query_features=("query",),
-    document_features=("document",),
+    document_features=(),
     encoder=dict(
       dim=32, num_heads=2, mlp_dim=128, query_layers=1, document_layers=2
     ),

@@ -118,7 +118,7 @@ def info_nce(
 
 
 def cosine(
-  a: Float[Array, "*#shape dim"], b: Float[Array, "*#shape dim"]
+  a: Float[Array, "*shape dim"], b: Float[Array, "*shape dim"]
 ) -> Float[Array, "*shape"]:
   """Cosine over the last axis, in float32; 0 where a vector is 0."""
   a, b = normalize(a), normalize(b)

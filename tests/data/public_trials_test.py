@@ -90,10 +90,10 @@ class KarlanListTest(PublicTrialCase):
     trial, rows = columns.schema.trial, self.everything(columns)
     self.assertEqual(trial.treatments, karlan_list.TREATMENTS)
     self.assertLen(rows["treatment"], 50_081)
-    for arm, mean in enumerate((0.813, 0.937, 1.026, 0.938)):
+    for arm, mean in enumerate((0.813, 0.937, 1.026, 0.933)):
       chosen = rows["treatment"] == arm
       found = rows["response"][chosen].mean()
-      np.testing.assert_allclose(found, mean, rtol=0.01)
+      np.testing.assert_allclose(found, mean, rtol=1e-3)
       np.testing.assert_allclose(
         rows["cost"][chosen], arm * rows["response"][chosen]
       )

@@ -13,7 +13,7 @@ map can bend them; positions are counted from the most recent event; one linear
 map, its bias, and the position's vector make an event.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -164,9 +164,14 @@ def pooled_events(events: Events) -> Float[Array, "users dim"]:
 
 
 def repeat_users(
-  x: Shaped[Array, "users ..."], batch_size: int
+  x: Shaped[Array, "users ..."], batch_size: Any
 ) -> Shaped[Array, "batch ..."]:
-  """A user's values for each of its examples, which follow each other."""
+  """A user's values for each of its examples, which follow each other.
+
+  Args:
+    x: One entry a user.
+    batch_size: Number of examples; a symbol where a program is exported.
+  """
   users = x.shape[0]
   if users == batch_size:
     return x

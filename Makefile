@@ -34,6 +34,8 @@ bench: $(VENV)/.bench
 	$(RUN) -m experiments.bench_pipeline
 	$(RUN) -m experiments.bench_sparse
 	$(RUN) -m experiments.bench_memory
+	$(RUN) -m experiments.bench_serving
+	$(RUN) -m experiments.bench_allocation
 
 # In a copy, so that no output gets into the notebooks; minutes without SHORT.
 notebooks: $(VENV)/.dev

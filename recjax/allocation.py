@@ -41,8 +41,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Integer, Real
 
-from recjax import allocation_repair
-from recjax.errors import UserError
+from recjax import allocation_inputs, allocation_repair
 
 # The dual is at its optimum when no plan between the bracket's two is better
 # than they are by more than this share of the value.
@@ -122,12 +121,17 @@ def allocate(
     >>> plan.choice.tolist(), plan.value, plan.spend, plan.upper_bound
     ([1, 2], 7.0, 3.0, 7.0)
   """
-  given, (response, cost) = response, _read_tables(response, cost, allowed)
+  given, (response, cost) = (
+    response,
+    allocation_inputs.read_tables(response, cost, allowed),
+  )
   num_users = response.shape[1]
-  segment, segment_budget = _read_segments(segment, segment_budget, num_users)
-  min_roi = _read_positive("min_roi", min_roi, 0.0)
-  floor = 1 / _read_positive("unit_value", unit_value, np.inf)
-  budgets = _read_budgets(budget, segment_budget)
+  segment, segment_budget = allocation_inputs.read_segments(
+    segment, segment_budget, num_users
+  )
+  min_roi = allocation_inputs.read_positive("min_roi", min_roi, 0.0)
+  floor = 1 / allocation_inputs.read_positive("unit_value", unit_value, np.inf)
+  budgets = allocation_inputs.read_budgets(budget, segment_budget)
   response = response - response[0]
   # Infinity times a price of zero is no number: no limit is twice of all that
   # can be spent, which rounding does not reach.
@@ -468,112 +472,3 @@ def _highest_price(response, cost):
   """A price at which nobody takes what costs anything."""
   ratio = jnp.where(cost > 0, response / jnp.where(cost > 0, cost, 1), 0)
   return jnp.clip(2 * ratio.max(initial=0.0), 0, 1e300)
-
-
-def _read_tables(response, cost, allowed):
-  """Both tables in float64, treatments first; -inf where not allowed."""
-  response, cost = np.asarray(response), np.asarray(cost)
-  if response.ndim != 2 or response.shape != cost.shape or not response.size:
-    raise UserError(
-      "response and cost must be tables [users, treatments] of one shape with "
-      f"at least one user, got {response.shape} and {cost.shape}"
-    )
-  response, cost = _transpose(response), _transpose(cost)
-  _require(np.isfinite(response), response, "response", "must be finite")
-  _require(
-    np.isfinite(cost) & (cost >= 0),
-    cost,
-    "cost",
-    "must be finite and at least 0; clip what is below",
-  )
-  _require(
-    cost[:1] == 0,
-    cost,
-    "cost",
-    "must be 0, since treatment 0 is none; take its cost off all treatments of "
-    "the user and off the budget",
-  )
-  if allowed is not None:
-    allowed = np.asarray(allowed)
-    if allowed.shape != response.shape[::-1]:
-      raise UserError(
-        f"allowed must have the shape {response.shape[::-1]} of response, got "
-        f"{allowed.shape}"
-      )
-    _require(
-      allowed.T[:1],
-      allowed.T,
-      "allowed",
-      "must be True: a user may always get none",
-    )
-    response = np.where(allowed.T, response, -np.inf)
-  return response, cost
-
-
-def _transpose(table):
-  """A float64 copy with a row for each treatment."""
-  out = np.empty(table.shape[::-1], np.float64)
-  for start in range(0, len(table), 1 << 12):  # Blocks that fit in the cache.
-    out[:, start : start + (1 << 12)] = table[start : start + (1 << 12)].T
-  return out
-
-
-def _require(good, values, name: str, rule: str):
-  if not good.all():
-    treatment, user = (int(x[0]) for x in np.nonzero(~good))
-    raise UserError(
-      f"{name}[{user}, {treatment}] is {values[treatment, user]}: it {rule}"
-    )
-
-
-def _read_budgets(budget, segment_budget):
-  if budget is None:
-    if segment_budget is None:
-      raise UserError("budget is None: give it, or segment_budget")
-    budget = np.inf
-  budgets = np.asarray(budget, np.float64)
-  if budgets.ndim > 1 or not budgets.size:
-    raise UserError(
-      f"budget must be a number or a vector, got the shape {budgets.shape}"
-    )
-  if not (budgets >= 0).all():
-    wrong = budgets[~(budgets >= 0)].flat[0]
-    raise UserError(
-      f"budget {wrong} is not at least 0: no plan keeps it, since even none "
-      "costs 0"
-    )
-  return budgets
-
-
-def _read_segments(segment, segment_budget, num_users: int):
-  if (segment is None) != (segment_budget is None):
-    raise UserError("segment and segment_budget go together: give both")
-  if segment is None:
-    return None, None
-  segment = np.asarray(segment)
-  segment_budget = np.asarray(segment_budget, np.float64)
-  if segment.shape != (num_users,) or segment_budget.ndim != 1:
-    raise UserError(
-      f"segment must be a vector of {num_users} numbers and segment_budget a "
-      f"vector, got the shapes {segment.shape} and {segment_budget.shape}"
-    )
-  if segment.min() < 0 or segment.max() >= len(segment_budget):
-    raise UserError(
-      f"segment must be from 0 to {len(segment_budget) - 1}, the number of "
-      f"segment budgets less one, got {segment.min()} to {segment.max()}"
-    )
-  if not (segment_budget >= 0).all():
-    wrong = int(np.flatnonzero(~(segment_budget >= 0))[0])
-    raise UserError(
-      f"segment_budget[{wrong}] is {segment_budget[wrong]}: it must be at "
-      "least 0"
-    )
-  return segment.astype(np.int32), segment_budget
-
-
-def _read_positive(name: str, value: float | None, default: float) -> float:
-  if value is None:
-    return default
-  if not 0 < value < np.inf:
-    raise UserError(f"{name} must be above 0 and finite, got {value}")
-  return float(value)

@@ -25,6 +25,7 @@ GROUPS = (
     "recjax.layers",
     "recjax.losses",
     "recjax.allocation",
+    "recjax.allocation_inputs",
     "recjax.allocation_repair",
   ),
   ("recjax.models", "recjax.baselines"),

@@ -111,6 +111,32 @@ class TransformerLayer(nn.Module):
     return x + self.ffn(self.ffn_norm(x), train)
 
 
+class SwiGLULayer(nn.Module):
+  """`x + W_down(SiLU(W_gate LN(x)) * W_up LN(x))`: no event sees another."""
+
+  mlp_ratio: float
+  dropout_rate: float = 0.0
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "batch length dim"],
+    mask: Bool[Array, "batch length"],
+    train: bool,
+  ) -> Float[Array, "batch length dim"]:
+    del mask  # Every position stands for itself.
+    dim = x.shape[-1]
+    hidden_dim = int(self.mlp_ratio * dim)
+    norm = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+    gate = nn.Dense(hidden_dim, dtype=self.dtype, name="gate")(norm)
+    up = nn.Dense(hidden_dim, dtype=self.dtype, name="up")(norm)
+    hidden = Dropout(self.dropout_rate, deterministic=not train)(
+      nn.silu(gate) * up
+    )
+    return x + nn.Dense(dim, dtype=self.dtype, name="down")(hidden)
+
+
 class FeedForward(nn.Module):
   """`W2 GELU(W1 x + b1) + b2`, the same for every position.
 

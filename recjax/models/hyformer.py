@@ -48,29 +48,27 @@ import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from recjax import config as config_lib
-from recjax import losses
+from recjax.baselines import rankmixer
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import events as events_lib
 from recjax.layers.attention import (
   Attention,
   KeysValues,
+  SwiGLULayer,
   TransformerLayer,
   check_attention,
   last,
 )
-from recjax.layers.dropout import Dropout
 from recjax.layers.events import EventEmbedding, Events
 from recjax.layers.features import FeatureTokens
 from recjax.layers.heads import TaskHeads
 from recjax.layers.per_token import PerTokenDense, PerTokenFFN, token_mixing
 from recjax.schema import Schema, suggest
-from recjax.sparse.table import Table, embedding_table
 
 CHOICES = {
   "encoder": ("longer", "full", "swiglu"),
@@ -452,32 +450,6 @@ class Boosting(nn.Module):
     return x
 
 
-class SwiGLULayer(nn.Module):
-  """`x + W_down(SiLU(W_gate LN(x)) * W_up LN(x))`: no event sees another."""
-
-  mlp_ratio: float
-  dropout_rate: float = 0.0
-  dtype: jax.typing.DTypeLike = jnp.float32
-
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, "batch length dim"],
-    mask: Bool[Array, "batch length"],
-    train: bool,
-  ) -> Float[Array, "batch length dim"]:
-    del mask  # Every position stands for itself.
-    dim = x.shape[-1]
-    hidden_dim = int(self.mlp_ratio * dim)
-    norm = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
-    gate = nn.Dense(hidden_dim, dtype=self.dtype, name="gate")(norm)
-    up = nn.Dense(hidden_dim, dtype=self.dtype, name="up")(norm)
-    hidden = Dropout(self.dropout_rate, deterministic=not train)(
-      nn.silu(gate) * up
-    )
-    return x + nn.Dense(dim, dtype=self.dtype, name="down")(hidden)
-
-
 def make_encoder(config: Config, layer: int) -> nn.Module:
   """The encoder of one sequence in one layer: `H_l = encoder(H_{l-1})`."""
   kind = SwiGLULayer if config.encoder == "swiglu" else TransformerLayer
@@ -514,21 +486,5 @@ def head_input(
   return jnp.concatenate(parts, axis=-1)
 
 
-def tables(config: Config, schema: Schema) -> dict[str, Table]:
-  """One embedding table for all id features."""
-  return {
-    "embedding": embedding_table(
-      schema, config.embed_dim, init_scale=config.embed_init_scale
-    )
-  }
-
-
-def loss_fn(
-  predictions: dict[str, Array],
-  aux: dict[str, Any],
-  batch: Batch,
-  config: Config,
-) -> losses.Terms:
-  """Cross entropy (squared error for real labels), one term a task."""
-  del aux, config
-  return losses.task_losses(predictions, batch)
+tables = rankmixer.tables
+loss_fn = rankmixer.loss_fn

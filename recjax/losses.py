@@ -4,6 +4,8 @@ A loss never divides: the train step sums numerators and weights over devices
 first, so that one device, a mesh and `pmap` give the same value.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
@@ -37,6 +39,17 @@ def task_losses(
     else:
       terms[task] = binary_cross_entropy(prediction, labels, mask)
   return terms
+
+
+def plain_loss_fn(
+  predictions: dict[str, Float[Array, " batch"]],
+  aux: dict[str, Any],
+  batch: Batch,
+  config: Any,
+) -> Terms:
+  """The `loss_fn` of a method that has nothing but its tasks' losses."""
+  del aux, config
+  return task_losses(predictions, batch)
 
 
 def binary_cross_entropy(

@@ -177,8 +177,8 @@ def trial(model_name: str, size: str) -> ml_collections.ConfigDict:
   The data is Hillstrom's trial; `--config.data.name=synthetic_trial
   --config.data.world=misspecified` is a planted one. Large batches: of T
   treatments only one in T people has the one that a policy names. `paper` is
-  the network that DFCL (arXiv 2407.13664) is said to use for several treatments;
-  E2E states none that could be read.
+  the network that DFCL (arXiv 2407.13664) is said to use for several
+  treatments; E2E states none that could be read.
   """
   _check_size(size)
   config = ml_collections.ConfigDict()

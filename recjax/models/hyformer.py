@@ -52,7 +52,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from recjax import config as config_lib
-from recjax.baselines import rankmixer
+from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import events as events_lib
@@ -69,6 +69,7 @@ from recjax.layers.features import FeatureTokens
 from recjax.layers.heads import TaskHeads
 from recjax.layers.per_token import PerTokenDense, PerTokenFFN, token_mixing
 from recjax.schema import Schema, suggest
+from recjax.sparse.table import Table, embedding_table
 
 CHOICES = {
   "encoder": ("longer", "full", "swiglu"),
@@ -486,5 +487,13 @@ def head_input(
   return jnp.concatenate(parts, axis=-1)
 
 
-tables = rankmixer.tables
-loss_fn = rankmixer.loss_fn
+def tables(config: Config, schema: Schema) -> dict[str, Table]:
+  """One embedding table for all id features."""
+  return {
+    "embedding": embedding_table(
+      schema, config.embed_dim, init_scale=config.embed_init_scale
+    )
+  }
+
+
+loss_fn = losses.plain_loss_fn

@@ -35,16 +35,25 @@ from recjax.errors import UserError
 from recjax.layers import grouped
 from recjax.schema import Feature, Label, Roles, Schema
 
+# Benchmarks share names of flags; tests import several of them.
 _SCENARIOS = flags.DEFINE_list(
   "scenarios", ["3", "10", "30", "100"], "Numbers of scenarios."
 )
 _TASKS = flags.DEFINE_list("tasks", ["2", "8", "30"], "Numbers of tasks.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 2048, "Examples a step.")
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size", 2048, "Examples a step.", allow_override=True
+)
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 8, "Feature tokens.")
-_TOKEN_DIM = flags.DEFINE_integer("token_dim", 64, "Width of a token.")
+_TOKEN_DIM = flags.DEFINE_integer(
+  "token_dim", 64, "Width of a token.", allow_override=True
+)
 _NUM_LAYERS = flags.DEFINE_integer("num_layers", 2, "Blocks.")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed steps of each.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of parameters and batches.")
+_REPEATS = flags.DEFINE_integer(
+  "repeats", 10, "Timed steps of each.", allow_override=True
+)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of parameters and batches.", allow_override=True
+)
 
 MAX_SCENARIO_RATIO = 2.5
 MAX_MMOE_RATIO = 1.3

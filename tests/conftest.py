@@ -13,6 +13,8 @@ os.environ.setdefault(
 # the commands that run in it from deciding otherwise.
 os.environ.setdefault("GLIBC_TUNABLES", "")
 
+import gc
+
 import jax
 import pytest
 
@@ -27,12 +29,27 @@ def pytest_collection_modifyitems(items):
   Those of the contract share it by model: the last words of their names.
   """
   for item in items:
-    group = item.path.stem
-    if group == "model_contract_test":
-      cases = item.module.ALL
-      group = max(
-        (c["name"] for c in cases if item.name.endswith(c["testcase_name"])),
-        key=len,
-        default=group,
-      )
-    item.add_marker(pytest.mark.xdist_group(group))
+    item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def group_of(item) -> str:
+  """The tests that run in one process, one after the other."""
+  group = item.path.stem
+  if group == "model_contract_test":
+    cases = item.module.ALL
+    group = max(
+      (c["name"] for c in cases if item.name.endswith(c["testcase_name"])),
+      key=len,
+      default=group,
+    )
+  return group
+
+
+def pytest_runtest_teardown(item, nextitem):
+  """Programs of a group go with it.
+
+  Each holds pieces of mapped memory, of which a process may have some 65,000.
+  """
+  if nextitem is None or group_of(nextitem) != group_of(item):
+    jax.clear_caches()
+    gc.collect()

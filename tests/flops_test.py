@@ -32,6 +32,8 @@ def load(name, size, **changes):
       config.pop(word, None)
   if toy_trial.is_trial(name):
     return method_lib.load(name, {**config, **changes}, toy_trial.SCHEMA)
+  if "towers" in config:  # They name features of the recipe's data.
+    config = config | TINY[name]
   return method_lib.load(
     name, {**config, **changes, "tasks": TASKS}, toy.SCHEMA
   )

@@ -130,7 +130,8 @@ class Level(nn.Module):
     mixed += jnp.einsum("tbe,bed->tbd", gates[..., num_own:], common)
     if self.top:
       return mixed, None
-    every = own.transpose(1, 0, 2, 3).reshape(len(shared), -1, dim)
+    shape = (shared.shape[0], num_tasks * num_own, dim)
+    every = own.transpose(1, 0, 2, 3).reshape(shape)
     every = jnp.concatenate([every, common], axis=1)
     gates = nn.Dense(every.shape[1], dtype=dtype, name="shared_gate")(shared)
     return mixed, jnp.einsum("be,bed->bd", _softmax(gates), every)

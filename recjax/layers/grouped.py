@@ -72,7 +72,9 @@ def sort_into_blocks(
   """
   batch = group_id.shape[0]
   # A group with examples has less than one block more than it fills.
-  num_blocks = max(1, min((batch + num_groups * (block - 1)) // block, batch))
+  num_blocks = (batch + num_groups * (block - 1)) // block
+  if isinstance(batch, int):  # In an export it is a symbol of at least 1.
+    num_blocks = max(1, min(num_blocks, batch))
   order = jnp.argsort(group_id)
   groups = jnp.arange(num_groups)[None]
   count = jnp.sum(group_id[:, None] == groups, axis=0)

@@ -210,7 +210,9 @@ class RunTest(run_case.RunTestCase):
       grouped.examples["group"], plain.examples["group"]
     )
     for name, value in plain.metrics.items():
-      self.assertAlmostEqual(grouped.metrics[name], value, places=5, msg=name)
+      np.testing.assert_allclose(
+        grouped.metrics[name], value, atol=1e-5, err_msg=name
+      )
 
   def test_a_run_trains_in_buckets_and_tells_the_padding(self):
     case = command_case.CommandTestCase()

@@ -84,15 +84,13 @@ class MethodTest(absltest.TestCase):
       for table, found in plain.ids(
         method_lib.empty_batch(toy.SCHEMA, ("click",))
       ).items():
-        # As many as the history's own, of rows that are there already; what
-        # names its features reads those and nothing more.
-        read = plain.tables[table].first_row.keys()
-        reads_all = read == {f.name for f in toy.SCHEMA.id_features}
-        more = history.max_len if reads_all else 0
-        self.assertLen(ids[table], len(found) + more)
-        self.assertEqual(
-          method.tables[table].num_rows, plain.tables[table].num_rows
-        )
+        # As many as the history's own, of rows that are there already where the
+        # tab is read too; not in tables without it, nor in banks.
+        read = plain.tables[table]
+        reads = read.trained and "history" in read.first_row
+        self.assertLen(ids[table], len(found) + reads * history.max_len)
+        new = 3 if reads and "tab" not in read.first_row else 0
+        self.assertEqual(method.tables[table].num_rows, read.num_rows + new)
       jax.eval_shape(method.init, jax.random.key(0))
 
   def test_empty_batch_has_the_structure_of_a_real_one(self):

@@ -1,4 +1,7 @@
-"""What must hold for every file in `recjax.models` and `recjax.baselines`."""
+"""What must hold for every file in `recjax.models` and `recjax.baselines`.
+
+Under a second Python only what needs one program a model is run.
+"""
 
 import dataclasses
 import functools
@@ -146,6 +149,7 @@ class ModelContractTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(MODELS)
+  @pytest.mark.slow
   def test_predicts_every_task_and_jit_changes_nothing(self, name):
     case, batch = make_case(name), case_batch(name)
     predictions = case.evaluate(case.state, batch)["predictions"]
@@ -158,6 +162,7 @@ class ModelContractTest(parameterized.TestCase):
     chex.assert_trees_all_close(predictions, eager, rtol=1e-5, atol=1e-5)
 
   @parameterized.named_parameters(ALL)
+  @pytest.mark.slow
   def test_order_of_examples_does_not_matter(self, name):
     case, batch = make_case(name), case_batch(name, num_padding=PADDING)
     order = np.random.default_rng(0).permutation(batch.size)
@@ -167,6 +172,7 @@ class ModelContractTest(parameterized.TestCase):
     chex.assert_trees_all_close(second, expected, rtol=1e-4, atol=1e-5)
 
   @parameterized.named_parameters(ALL)
+  @pytest.mark.slow
   def test_what_padding_holds_changes_nothing(self, name):
     case, batch = make_case(name), case_batch(name, num_padding=PADDING)
     other, valid = case.make_batch(1), np.asarray(batch.example_mask)
@@ -195,6 +201,7 @@ class ModelContractTest(parameterized.TestCase):
     chex.assert_trees_all_close(first, second, rtol=1e-5, atol=1e-6)
 
   @parameterized.named_parameters(ALL)
+  @pytest.mark.slow
   def test_padding_changes_no_prediction_of_the_valid(self, name):
     case, batch = make_case(name), case_batch(name, num_padding=PADDING)
     short = _permute(batch, slice(batch.size - PADDING))
@@ -211,6 +218,7 @@ class ModelContractTest(parameterized.TestCase):
         self.assertEqual(weight, case.num_counted(short, term))
 
   @parameterized.named_parameters(ALL)
+  @pytest.mark.slow
   def test_every_trained_path_has_a_gradient(self, name):
     case, batch = make_case(name), case_batch(name)
     gradients = [case.evaluate(case.state, batch)]
@@ -299,6 +307,7 @@ class ModelContractTest(parameterized.TestCase):
       self.assertEqual(same, table not in trained, table)
 
   @parameterized.named_parameters(MODELS)
+  @pytest.mark.slow
   def test_a_step_leaves_unread_rows_bit_identical(self, name):
     case, batch = make_case(name), case_batch(name, num_padding=PADDING)
     after, _ = case.step(case.state, batch)
@@ -327,6 +336,7 @@ class ModelContractTest(parameterized.TestCase):
       self.assertIn(term, scalars)
 
   @parameterized.named_parameters(MODELS)
+  @pytest.mark.slow
   def test_same_seed_gives_the_same_numbers(self, name):
     case, batch = make_case(name), case_batch(name)
     again = case.init(jax.random.key(0))
@@ -340,6 +350,7 @@ class ModelContractTest(parameterized.TestCase):
       self.assertFalse(bool(jnp.any(same[: table.num_rows])), name)
 
   @parameterized.named_parameters(MODELS)
+  @pytest.mark.slow
   def test_bfloat16_stays_near_float32(self, name):
     case, batch = make_case(name), case_batch(name)
     fields = dataclasses.fields(case.method.module.Config)
@@ -391,6 +402,7 @@ class ModelContractTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(ALL_RANKERS)
+  @pytest.mark.slow
   def test_a_user_encoded_once_scores_as_every_pair_alone(self, name):
     case, candidates = make_case(name), toy.make_batch(3)
     user = _permute(toy.make_batch(4), slice(1))

@@ -27,8 +27,6 @@ from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import two_tower
 from recjax.layers.two_tower import TowersConfig, TowersModel
-from recjax.schema import Schema
-from recjax.sparse.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +95,7 @@ class Model(TowersModel):
 STAGES = two_tower.BACKBONE_STAGES
 
 
-def tables(config: Config, schema: Schema) -> dict[str, Table]:
-  """The backbone's tables."""
-  two_tower.check_towers(config.towers, schema, config.embed_dim)
-  two_tower.check_cold(config, schema)
-  return two_tower.tower_tables(
-    config.towers, schema, config.embed_dim, init_scale=config.embed_init_scale
-  )
+tables = two_tower.cold_tables
 
 
 loss_fn = losses.plain_loss_fn

@@ -37,8 +37,6 @@ from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import two_tower
 from recjax.layers.two_tower import TowersConfig, TowersModel
-from recjax.schema import Schema
-from recjax.sparse.table import Table
 from recjax.stage import Stage
 
 
@@ -153,13 +151,7 @@ STAGES = (
 )
 
 
-def tables(config: Config, schema: Schema) -> dict[str, Table]:
-  """The backbone's tables."""
-  two_tower.check_towers(config.towers, schema, config.embed_dim)
-  two_tower.check_cold(config, schema)
-  return two_tower.tower_tables(
-    config.towers, schema, config.embed_dim, init_scale=config.embed_init_scale
-  )
+tables = two_tower.cold_tables
 
 
 def loss_fn(

@@ -334,6 +334,21 @@ def tower_tables(
   }
 
 
+def cold_tables(config: Any, schema: Schema) -> dict[str, Table]:
+  """`tables` of a method that has a way of its own with cold items.
+
+  Args:
+    config: Has `towers`, `embed_dim`, `embed_init_scale` and what `check_cold`
+      looks at.
+    schema: What the data holds.
+  """
+  check_towers(config.towers, schema, config.embed_dim)
+  check_cold(config, schema)
+  return tower_tables(
+    config.towers, schema, config.embed_dim, init_scale=config.embed_init_scale
+  )
+
+
 def named_table(schema: Schema, names, dim: int, **kwargs) -> Table:
   """One table for some features of the schema, in the schema's order."""
   features = tuple(f for f in schema.features if f.name in names)

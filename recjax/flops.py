@@ -222,7 +222,7 @@ _FREE = frozenset(
   "broadcast_in_dim concatenate copy copy_p device_put dynamic_slice "
   "dynamic_update_slice expand_dims iota optimization_barrier pad reshape rev "
   "sharding_constraint slice split squeeze stack stop_gradient top_k transpose "
-  "empty random_wrap random_unwrap".split()
+  "unstack empty random_wrap random_unwrap".split()
 )
 _ELEMENTWISE = frozenset(
   "abs add add_any and bitcast_convert_type ceil clamp convert_element_type "

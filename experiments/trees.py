@@ -12,15 +12,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import lightgbm
 import numpy as np
 
-from recjax import run_files
+from recjax import evaluate, run_files
 from recjax.batch import Batch
 from recjax.data.columns import Columns
 from recjax.data.pipeline import open_dataset
 from recjax.errors import UserError
-from recjax.metrics import summary
+from recjax.metrics import slices, summary
 from recjax.schema import suggest
 from recjax.writer import write_json
 
@@ -117,6 +118,10 @@ def _write(workdir, booster, parts, columns, task, secs, config):
     values = summary.summarize(
       logits, part["y"].astype(np.float64), groups=part["groups"]
     )
+    for popularity in part["popularity"].values():
+      values |= slices.summarize_by_slice(
+        logits, part["y"], evaluate.item_slices(popularity)
+      )
     metrics |= {f"{split}/{task}/{k}": v for k, v in values.items()}
   np.savez_compressed(
     workdir / "predictions.npz",
@@ -177,16 +182,14 @@ def _matrix(columns: Columns, split: str, task: str) -> dict:
         "x": np.concatenate([batch.dense, x, *vectors], axis=1)[seen],
         "y": batch.labels[task][seen],
         "groups": {k: v[seen] for k, v in batch.groups.items()},
+        "popularity": {
+          k: v[seen]
+          for k, v in batch.ids.items()
+          if k == schema.roles.popularity
+        },
       }
     )
-  return {
-    "x": np.concatenate([b["x"] for b in blocks]),
-    "y": np.concatenate([b["y"] for b in blocks]),
-    "groups": {
-      k: np.concatenate([b["groups"][k] for b in blocks])
-      for k in blocks[0]["groups"]
-    },
-  }
+  return jax.tree.map(lambda *parts: np.concatenate(parts), *blocks)
 
 
 def _last_age(batch: Batch, sequence: str) -> np.ndarray:

@@ -11,12 +11,13 @@ import numpy as np
 
 from recjax import losses
 from recjax.batch import Batch
+from recjax.data import feedback
 from recjax.data.columns import Columns
 from recjax.data.length_buckets import LengthBuckets
 from recjax.data.pipeline import make_loader
 from recjax.layers import domain_attention
 from recjax.method import Method
-from recjax.metrics import calibration, slices, summary, trial
+from recjax.metrics import calibration, ranking, slices, summary, trial
 from recjax.train_state import TrainState
 
 # Batches computed at a time. XLA runs parts of a program, its top-k among
@@ -68,6 +69,7 @@ def forward(
     "groups": dict(batch.groups),
     "trial": batch.trial if method.is_trial else None,
     "scenario": batch.scenario,
+    "popularity": batch.ids.get(method.schema.roles.popularity),
     "example_mask": batch.example_mask,
     "counters": aux.get("counters", {}),
   }
@@ -138,6 +140,10 @@ def _evaluate_tasks(output, columns: Columns, split: str):
       values = summary.summarize(
         scores, labels, mask=mask, groups=output["groups"]
       )
+      if output["popularity"] is not None:
+        values |= slices.summarize_by_slice(
+          scores, labels, item_slices(output["popularity"]), mask=mask
+        )
     metrics |= {f"{split}/{task}/{k}": float(v) for k, v in values.items()}
     if columns.schema.roles.scenario is not None:
       cells[task] = slices.summarize_by_scenario(
@@ -179,6 +185,15 @@ def true_outcomes(columns: Columns, split: str):
     return dict(arrays)
 
 
+def item_slices(popularity: np.ndarray) -> dict[str, np.ndarray]:
+  """Cold and warm items' examples, and those of each bucket.
+
+  `popularity` holds each example's row of the feature with that role.
+  """
+  names = [f"positives_{name}" for name in feedback.BUCKET_NAMES]
+  return ranking.bucket_slices(popularity - 1, names, feedback.WARM_FROM)
+
+
 def metric_names(method: Method, split: str) -> list[str]:
   """Names that `evaluate` will measure, but for the method's diagnostics."""
   if method.is_trial:
@@ -190,6 +205,10 @@ def metric_names(method: Method, split: str) -> list[str]:
     "binary": summary.summarize(pair, pair, groups=groups),
     "real": summary.summarize_real(pair, pair),
   }
+  if roles.popularity is not None:
+    names["binary"] |= slices.summarize_by_slice(
+      pair, pair, item_slices(np.zeros(2, np.int32))
+    )
   kinds = {task: method.schema.label(task).kind for task in method.tasks}
   found = [
     f"{split}/{task}/{name}"

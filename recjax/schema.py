@@ -115,7 +115,9 @@ class Roles:
   """Columns with a meaning to metrics and methods; None where unused.
 
   `group` is what GAUC groups by (by default the user), `query` what QAUC
-  groups by (one query, request or ranked page).
+  groups by (one query, request or ranked page). `popularity` is a sparse
+  feature whose row is 1 plus the bucket that `recjax.data.feedback.bucket`
+  puts the item into; with it metrics are told apart for cold and warm items.
   """
 
   user: str | None = None
@@ -124,6 +126,7 @@ class Roles:
   query: str | None = None
   group: str | None = None
   scenario: str | None = None
+  popularity: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,17 +430,19 @@ def _check(schema: Schema, where: str):
           f"of its own; name {schema.feature(target).vocab!r}"
         )
   _check_events(schema, where)
-  if schema.roles.scenario is not None:
-    if schema.roles.scenario not in names:
+  for role in ("scenario", "popularity"):
+    name = getattr(schema.roles, role)
+    if name is None:
+      continue
+    if name not in names:
       raise UserError(
-        f"{where}: roles: scenario {schema.roles.scenario!r} is no feature"
-        + suggest(schema.roles.scenario, names)
+        f"{where}: roles: {role} {name!r} is no feature" + suggest(name, names)
       )
-    feature = schema.feature(schema.roles.scenario)
+    feature = schema.feature(name)
     if feature.kind != "sparse" or feature.multi:
       raise UserError(
-        f"{where}: roles: scenario {feature.name!r} must be a single-valued "
-        "sparse feature"
+        f"{where}: roles: {role} {name!r} must be a single-valued sparse "
+        "feature"
       )
   split = schema.split
   if split.by not in SPLIT_RULES:

@@ -1,5 +1,6 @@
 """Evaluations count every example once and equal scikit-learn's numbers."""
 
+import dataclasses
 import functools
 
 import jax
@@ -75,6 +76,31 @@ class EvaluateTest(run_case.RunTestCase):
         weight += own.sum()
     self.assertAlmostEqual(metrics["test/click/gauc"], total / weight, places=6)
     np.testing.assert_array_equal(evaluation.examples["group"], users)
+
+  def test_cold_and_warm_items_are_told_apart(self):
+    schema = self.columns.schema
+    roles = dataclasses.replace(schema.roles, popularity="item")
+    schema = dataclasses.replace(schema, roles=roles)
+    self.method = dataclasses.replace(self.method, schema=schema)
+    evaluation = self.evaluate()
+    metrics, click = evaluation.metrics, evaluation.examples["click"]
+    rows = np.asarray(self.batch.ids["item"])
+    # Row 1 is the bucket of items without a positive, row 3 of 5 to 9.
+    for name, own in (
+      ("cold", rows < 3),
+      ("warm", rows >= 3),
+      ("positives_1-4", rows == 2),
+    ):
+      self.assertEqual(metrics[f"test/click/{name}/examples"], own.sum())
+      self.assertAlmostEqual(
+        metrics[f"test/click/{name}/auc"],
+        sklearn.metrics.roc_auc_score(click["label"][own], click["score"][own]),
+        places=6,
+      )
+    self.assertNotIn("test/secs/cold/auc", metrics)
+    names = evaluate.metric_names(self.method, "test")
+    self.assertContainsSubset(names, metrics)
+    self.assertIn("test/click/cold/auc", names)
 
   def test_a_real_label_is_measured_in_its_unit(self):
     evaluation = self.evaluate()

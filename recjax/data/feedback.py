@@ -31,6 +31,8 @@ PROTOCOLS = ("causal", "released")
 # Counts from these on fall into the next bucket: 0, 1-4, 5-9, 10-49, 50+.
 BUCKET_EDGES = (1, 5, 10, 50)
 BUCKET_NAMES = ("0", "1-4", "5-9", "10-49", "50+")
+# Items in a lower bucket are cold: fewer than 5.
+WARM_FROM = 2
 _NONE = -1
 
 

@@ -76,7 +76,7 @@ from recjax.schema import (
   suggest,
 )
 
-VERSION = 2
+VERSION = 3
 
 _OUTCOMES = tuple(kuairand_source.OUTCOMES)
 _USER_FEATURES = (
@@ -268,6 +268,7 @@ def _schema(config: Config) -> Schema:
       group="user_id",
       query="user_id x date",
       scenario="tab",
+      popularity="item_positives" if config.feedback else None,
     ),
     split=Split(by="time", column="date"),
   )

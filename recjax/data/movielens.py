@@ -55,7 +55,7 @@ from recjax.schema import (
   suggest,
 )
 
-VERSION = 1
+VERSION = 2
 
 RULES = ("time", "user", "items", "exposure")
 FEEDBACK = ("pinnacle", "recent")
@@ -267,6 +267,7 @@ def _schema(config: Config) -> Schema:
       time="timestamp",
       group="user_id",
       query="user_id" if config.text else None,
+      popularity="item_positives",
     ),
     split=Split(by="time", column="timestamp"),
   )

@@ -43,7 +43,7 @@ from recjax.data.vocabulary import save_values
 from recjax.errors import UserError
 from recjax.schema import SPLITS, suggest
 
-VERSION = 1
+VERSION = 2
 
 _BLOCK_ROWS = 1 << 16
 

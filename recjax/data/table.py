@@ -318,6 +318,12 @@ class _Counts:
 
 
 def _check_supported(schema: Schema, where: str):
+  if schema.roles.popularity is not None:
+    raise UserError(
+      f"{where}: roles: popularity is for data whose adapter counts what an "
+      "item has had so far; rows of a table's vocabulary have no order. Set it "
+      "to null"
+    )
   for feature in schema.features:
     place = f"{where}: feature {feature.name!r}"
     if feature.kind == "image":

@@ -106,6 +106,44 @@ def summarize_by_scenario(
   return cells
 
 
+def summarize_by_slice(
+  scores: Float[np.ndarray, " examples"],
+  labels: Real[np.ndarray, " examples"],
+  slices: Mapping[str, Bool[np.ndarray, " examples"]],
+  *,
+  mask: Bool[np.ndarray, " examples"] | None = None,
+) -> dict[str, float]:
+  """AUC, log loss and size of parts of the examples, for a binary label.
+
+  Args:
+    scores: Log odds of label 1.
+    labels: 0 or 1.
+    slices: Name -> its examples, such as `ranking.bucket_slices` gives.
+    mask: Examples that count. None means all.
+
+  Returns:
+    `<slice>/auc`, `<slice>/logloss`, `<slice>/examples`; the first two are NaN
+    where a slice has no example, the AUC also where it has one class alone.
+
+  Example:
+    >>> values = summarize_by_slice(
+    ...     np.array([0.0, 1.0, 2.0]), np.array([0, 1, 1]),
+    ...     {"cold": np.array([True, True, False])})
+    >>> values["cold/auc"], values["cold/examples"]
+    (1.0, 2.0)
+  """
+  metrics = {}
+  for name, rows in slices.items():
+    rows = rows if mask is None else rows & mask
+    values = {"auc": float("nan"), "logloss": float("nan")}
+    if rows.any():
+      values = summarize(scores[rows], labels[rows])
+    for metric in ("auc", "logloss"):
+      metrics[f"{name}/{metric}"] = float(values[metric])
+    metrics[f"{name}/examples"] = float(np.sum(rows))
+  return metrics
+
+
 def means(cells: Sequence[Cell], *, is_real: bool = False) -> dict[str, float]:
   """Means of the counted cells' metrics.
 

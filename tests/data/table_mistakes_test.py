@@ -173,6 +173,16 @@ class MistakesTest(TableTestCase):
       {**SCHEMA, "split": {"by": "time", "column": "tim"}},
       "no column 'tim'; did you mean 'time'",
     ),
+    (
+      "popularity",
+      {**SCHEMA, "roles": {"popularity": "item"}},
+      "popularity is for data whose adapter counts",
+    ),
+    (
+      "scenario_list",
+      {**SCHEMA, "roles": {"scenario": "genres"}},
+      "scenario 'genres' must be a single-valued",
+    ),
     ("text", _features(title={"kind": "text"}), 'a text needs "max_len"'),
     ("image", _features(title={"kind": "image"}), "'image' is not supp"),
     (

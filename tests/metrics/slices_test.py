@@ -15,6 +15,32 @@ def draw(seed=0, num=6000):
 
 
 class SlicesTest(absltest.TestCase):
+  def test_parts_of_the_examples(self):
+    scores, labels, scenario, _, mask = draw()
+    values = slices.summarize_by_slice(
+      scores,
+      labels,
+      {"two": scenario == 2, "none": scenario == 1, "ones": labels == 1},
+      mask=mask,
+    )
+    rows = mask & (scenario == 2)
+    self.assertEqual(values["two/examples"], rows.sum())
+    self.assertAlmostEqual(
+      values["two/auc"],
+      sklearn.metrics.roc_auc_score(labels[rows], scores[rows]),
+      places=9,
+    )
+    self.assertAlmostEqual(
+      values["two/logloss"],
+      sklearn.metrics.log_loss(labels[rows], 1 / (1 + np.exp(-scores[rows]))),
+      places=6,
+    )
+    self.assertEqual(values["none/examples"], 0)
+    self.assertTrue(np.isnan(values["none/auc"]))
+    self.assertTrue(np.isnan(values["none/logloss"]))
+    self.assertTrue(np.isnan(values["ones/auc"]))
+    self.assertGreater(values["ones/logloss"], 0)
+
   def test_a_cell_equals_the_metrics_of_its_rows(self):
     scores, labels, scenario, users, mask = draw()
     cells = slices.summarize_by_scenario(

@@ -21,6 +21,8 @@ The labels are the same, and so is the best score: what the lists gave must be
 gone.
 """
 
+import dataclasses
+
 import numpy as np
 
 from recjax.data.claims.common import Claim, standardise, time_schema
@@ -107,7 +109,9 @@ def make(config) -> Claim:
   ]
   values = {name: users.reshape(-1) + 1 for name, users in lists.items()}
   values["positive_history"] = history.reshape(-1) + 1
-  return Claim(time_schema(sizes, extra), draw, values)
+  schema = time_schema(sizes, extra)
+  roles = dataclasses.replace(schema.roles, popularity="item_positives")
+  return Claim(dataclasses.replace(schema, roles=roles), draw, values)
 
 
 def _draw(rng, taste, type_of, num: int):

@@ -65,6 +65,7 @@ GROUPS = (
     "recjax.raw_rows",
     "recjax.scorer",
     "recjax.serve",
+    "recjax.ranking",
   ),
   ("experiments",),
 )

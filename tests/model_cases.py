@@ -55,6 +55,7 @@ TINY = {
   "two_towers": BACKBONE,
   "dropoutnet": COLD | {"id_dropout_rate": 0.0},
   "cb2cf": COLD | {"hidden_dim": 3},
+  "content_average": COLD,
   "metaemb": COLD,
   "plate": COLD,
   "ppr": BACKBONE | {"hidden_dim": 3},

@@ -53,6 +53,7 @@ def get_sweep(is_control: bool = False) -> Sweep:
       model("two_towers_tuned", "two_towers", tune="all"),
       model("dropoutnet"),
       model("cb2cf"),
+      model("content_average"),
       model("metaemb"),
       model("plate"),
       model("ppr"),

@@ -16,7 +16,15 @@ from recjax.errors import UserError
 from tests import feedback_case, oracles
 
 OPTIMIZER = optimizer_lib.Config(learning_rate=0.01)
-NAMES = ("two_towers", "dropoutnet", "cb2cf", "metaemb", "plate", "ppr")
+NAMES = (
+  "two_towers",
+  "content_average",
+  "dropoutnet",
+  "cb2cf",
+  "metaemb",
+  "plate",
+  "ppr",
+)
 
 
 @functools.cache
@@ -78,6 +86,7 @@ class StagesTest(parameterized.TestCase):
     ("two_towers", {"tune": "all"}, 3, None, None),
     ("dropoutnet", {}, 2, None, None),
     ("cb2cf", {}, 3, {"hidden", "content"}, set()),
+    ("content_average", {}, 3, set(), {"average"}),
     ("metaemb", {}, 3, {"generator"}, set()),
     ("plate", {}, 3, {"domain"}, {"prompt_user"}),
     ("ppr", {}, 3, {"prefix"}, set()),
@@ -107,7 +116,7 @@ class StagesTest(parameterized.TestCase):
       same = bool(jnp.all(old == after.tables[table]))
       self.assertEqual(same, table not in tables, table)
 
-  @parameterized.parameters("dropoutnet", "cb2cf", "metaemb")
+  @parameterized.parameters("content_average", "dropoutnet", "cb2cf", "metaemb")
   def test_cold_items_need_features(self, name):
     towers = {k: v for k, v in feedback_case.TOWERS.items() if k[0] != "i"}
     with self.assertRaisesRegex(UserError, "item_features is empty"):
@@ -196,6 +205,49 @@ class Cb2cfTest(absltest.TestCase):
     cold = is_cold(batch)
     same = np.isclose(predictions["click"], aux["towers"]["click"], rtol=1e-5)
     np.testing.assert_array_equal(same, ~cold)
+
+
+class ContentAverageTest(absltest.TestCase):
+  def test_the_loss_is_least_at_the_means_of_warm_items(self):
+    method, batch = load("content_average"), feedback_case.make_batch()
+    params, tables = oracles.random_variables(method)
+    ids = np.asarray(embeddings(method, tables, batch)["item_id"])
+    genre, warm = np.asarray(batch.ids["genre"]), ~is_cold(batch)
+    average = np.zeros(tables["average"].shape, np.float32)
+    for value in np.unique(genre[warm]):
+      rows = ids[warm & (genre == value)]
+      self.assertTrue(np.abs(rows).max() > 0)
+      average[method.tables["average"].first_row["genre"] + value] = rows.mean(
+        axis=0
+      )
+
+    def loss(average):
+      rows = method.read_features(tables | {"average": average}, batch)
+      predictions, aux = method.call(params, tables, batch, rows, train=False)
+      terms = method.module.loss_fn(predictions, aux, batch, method.config)
+      return terms["average"][0]
+
+    grad = jax.grad(loss)
+    np.testing.assert_allclose(grad(average), 0, atol=1e-5)
+    self.assertGreater(float(jnp.abs(grad(average + 0.1)).max()), 0.1)
+
+  def test_it_stands_in_for_cold_ids_alone(self):
+    batch = feedback_case.make_batch()
+    predictions, aux, *_ = forward("content_average", batch=batch)
+    cold = is_cold(batch)
+    same = np.isclose(predictions["click"], aux["towers"]["click"], rtol=1e-5)
+    np.testing.assert_array_equal(same, ~cold)
+    # Two cold items of one genre are alike, whatever their ids.
+    ids = batch.ids | {"item_id": batch.ids["item_id"][::-1]}
+    other, *_ = forward("content_average", batch=batch.replace(ids=ids))
+    np.testing.assert_array_equal(
+      predictions["click"][cold], other["click"][cold]
+    )
+
+  def test_numbers_have_no_means(self):
+    towers = feedback_case.TOWERS | {"item_features": ("age",)}
+    with self.assertRaisesRegex(UserError, "none of them is a feature of ids"):
+      load.__wrapped__("content_average", towers=towers).tables  # noqa: B018
 
 
 class MetaEmbTest(absltest.TestCase):

@@ -60,6 +60,7 @@ def feedback_lists(
   *,
   max_len: int,
   rows: Int[np.ndarray, " asking"] | None = None,
+  items: Int[np.ndarray, " asking"] | None = None,
   protocol: str = "causal",
   sees_itself: Bool[np.ndarray, " rows"] | None = None,
   max_events: int = 1 << 18,
@@ -72,6 +73,7 @@ def feedback_lists(
     score: Order of the events; None for the latest.
     max_len: Longest list.
     rows: Numbers of the rows that ask; None for all.
+    items: What each of them asks about; None for its own item.
     protocol: `causal`, or `released`: all parts are open, and a row's own
       user may be in its list.
     sees_itself: Rows that see themselves under `released`; None for those
@@ -101,7 +103,8 @@ def feedback_lists(
   order = _sort(log, log.item[events], events, protocol)
   events, rank = events[order], rank[order]
   itself = is_feedback if sees_itself is None else sees_itself
-  start, visible = _slices(log, log.item, events, rows, itself, protocol)
+  asked = log.item[rows] if items is None else items
+  start, visible = _slices(log, log.item, asked, events, rows, itself, protocol)
   by_start = np.argsort(start, kind="stable")
   excluded = log.user[rows] if protocol == "causal" else np.full(len(rows), -2)
   # One more than asked for: a row's own user may be among them.
@@ -118,7 +121,7 @@ def feedback_lists(
     last = start[asking] + visible[asking] - 1 - low
     found, given = top_user[last], top_rank[last]
     given = np.where(found == excluded[asking, None], _NONE, given)
-    users[asking], length[asking] = _compact(found, given, max_len)
+    users[asking], length[asking] = compact(found, given, max_len)
   return users, length
 
 
@@ -143,7 +146,10 @@ def history_slices(
   rows = np.arange(len(log.user)) if rows is None else rows
   events = np.flatnonzero(is_feedback)
   events = events[_sort(log, log.user[events], events, protocol)]
-  start, length = _slices(log, log.user, events, rows, is_feedback, protocol)
+  asked = log.user[rows]
+  start, length = _slices(
+    log, log.user, asked, events, rows, is_feedback, protocol
+  )
   return events, start, length
 
 
@@ -196,13 +202,14 @@ def _sort(log: Log, key, events, protocol: str):
   return np.lexsort((events, log.time[events], log.part[events], key))
 
 
-def _slices(log: Log, key, events, rows, itself, protocol: str):
+def _slices(log: Log, key, asked, events, rows, itself, protocol: str):
   """Start and length of what each row sees of the sorted events."""
   if protocol == "released":
     # Rows are numbered in time order: all before a row, and maybe itself.
     number = key[events].astype(np.int64) * len(key) + events
-    start = np.searchsorted(number, key[rows].astype(np.int64) * len(key))
-    end = key[rows].astype(np.int64) * len(key) + rows + itself[rows]
+    first = asked.astype(np.int64) * len(key)
+    start = np.searchsorted(number, first)
+    end = first + rows + itself[rows]
     return start, np.searchsorted(number, end) - start
   # Nobody sees the test part's events.
   open_parts = np.minimum(log.part[events], 2)
@@ -210,7 +217,7 @@ def _slices(log: Log, key, events, rows, itself, protocol: str):
     key[events],
     log.time[events],
     open_parts,
-    key[rows],
+    asked,
     log.time[rows],
     log.part[rows],
   )
@@ -254,14 +261,12 @@ def _running_top(item, user, rank, width: int):
     # From values before this step, as `more` and `more - step` overlap.
     merged_rank = np.concatenate([top_rank[more], top_rank[more - step]], 1)
     merged_user = np.concatenate([top_user[more], top_user[more - step]], 1)
-    top_rank[more], top_user[more] = _best_users(
-      merged_rank, merged_user, width
-    )
+    top_rank[more], top_user[more] = best_users(merged_rank, merged_user, width)
     step *= 2
   return top_rank, top_user
 
 
-def _best_users(rank, user, width: int):
+def best_users(rank, user, width: int):
   """The `width` best of each line, a user once, the best first."""
   order = np.lexsort((-rank, user), axis=1)
   rank, user = (np.take_along_axis(x, order, 1) for x in (rank, user))
@@ -273,7 +278,7 @@ def _best_users(rank, user, width: int):
   return rank, np.where(rank == _NONE, _NONE, user)
 
 
-def _compact(user, rank, max_len: int):
+def compact(user, rank, max_len: int):
   """The best `max_len` entries in rising order, -1 behind them."""
   best = np.argsort(-rank, axis=1, kind="stable")[:, :max_len]
   rank, user = (np.take_along_axis(x, best, 1) for x in (rank, user))

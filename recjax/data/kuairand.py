@@ -119,6 +119,8 @@ class Config:
     feedback: `pinnacle` or `recent` adds who gave each video its feedback;
       see `recjax.data.kuairand_feedback`. Empty for none.
     feedback_len: Users kept of each list.
+    pseudo_neighbors: Popular videos alike, by tags, whose users fill up short
+      lists of `pinnacle_users`; see `recjax.data.pseudo_feedback`. 0 for none.
     protocol: `causal`, or `released` for the published evaluation of PROMO,
       which shows a positive row to itself.
   """
@@ -134,6 +136,7 @@ class Config:
   sequences: tuple[str, ...] = ()
   feedback: str = ""
   feedback_len: int = 10
+  pseudo_neighbors: int = 0
   protocol: str = "causal"
 
   def __post_init__(self):

@@ -96,6 +96,14 @@ class Data:
     }
 
 
+def tag_indicators(data: Data) -> np.ndarray:
+  """Videos by tags: 1 where a video has the tag."""
+  found = np.zeros((data.num_videos, len(data.tag_names)))
+  video, place = np.nonzero(data.tags >= 0)
+  found[video, data.tags[video, place]] = 1.0
+  return found
+
+
 def _codes(values: np.ndarray) -> np.ndarray:
   """Positions among the distinct values; -1 where missing."""
   known = ~np.isnan(values)

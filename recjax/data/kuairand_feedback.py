@@ -25,7 +25,7 @@ import dataclasses
 import numpy as np
 import pyarrow as pa
 
-from recjax.data import causal, kuairand_features
+from recjax.data import causal, kuairand_features, pseudo_feedback
 from recjax.data import feedback as feedback_lib
 from recjax.errors import UserError
 from recjax.schema import Feature, suggest
@@ -75,6 +75,12 @@ def check(config) -> None:
     raise UserError(
       "data.protocol 'released' is about feedback lists; set data.feedback "
       "to pinnacle or recent"
+    )
+  pseudo_feedback.check(config.pseudo_neighbors, config.protocol)
+  if config.pseudo_neighbors and not config.feedback:
+    raise UserError(
+      "data.pseudo_neighbors fills feedback lists; set data.feedback to "
+      "pinnacle or recent"
     )
 
 
@@ -147,6 +153,22 @@ def write(data, vocabularies, writer, config) -> Feedback:
       protocol=config.protocol,
       sees_itself=positive & chosen,
     )
+    if name == "pinnacle_users" and config.pseudo_neighbors:
+      content = kuairand_features.tag_indicators(data)
+      nearest = pseudo_feedback.nearest_popular(
+        content,
+        pseudo_feedback.popular_items(log, chosen, len(content)),
+        config.pseudo_neighbors,
+      )
+      users, length = pseudo_feedback.borrow(
+        log,
+        chosen,
+        score if config.feedback == "pinnacle" else None,
+        users,
+        length,
+        nearest,
+        rows=asking,
+      )
     ids = np.where(blind[:, None], 1, vocabularies.user_rows(users))
     held = np.arange(config.feedback_len) < length[:, None]
     first = writer.append_values(name, ids[held])

@@ -38,7 +38,7 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from recjax.data import causal, movielens_source
+from recjax.data import causal, movielens_source, pseudo_feedback
 from recjax.data import feedback as feedback_lib
 from recjax.data import text as text_lib
 from recjax.data.columns import Block, ColumnWriter
@@ -86,6 +86,8 @@ class Config:
     max_len: Events kept of a history.
     feedback: `pinnacle` or `recent`.
     feedback_len: Users kept of each feedback list.
+    pseudo_neighbors: Popular films alike, by genres, whose users fill up short
+      lists of `pinnacle_users`; see `recjax.data.pseudo_feedback`. 0 for none.
     protocol: `causal`, or `released`; see `recjax.data.feedback`.
     text: Whether there are columns of text.
     text_vocab_size: Most subwords.
@@ -103,6 +105,7 @@ class Config:
   max_len: int = 50
   feedback: str = "pinnacle"
   feedback_len: int = 10
+  pseudo_neighbors: int = 0
   protocol: str = "causal"
   text: bool = False
   text_vocab_size: int = 4000
@@ -128,6 +131,7 @@ class Config:
         )
     if self.seed < 0:
       raise UserError(f"data.seed must be at least 0, got {self.seed}")
+    pseudo_feedback.check(self.pseudo_neighbors, self.protocol)
     if not (self.valid > 0 and self.test > 0 and self.valid + self.test < 1):
       raise UserError(
         f"data.valid ({self.valid}) and data.test ({self.test}) must be shares "
@@ -364,11 +368,30 @@ class _Data:
         protocol=config.protocol,
         sees_itself=chosen & self.positive,
       )
+      if name == "pinnacle_users" and config.pseudo_neighbors:
+        users, length = self._borrow(scores[name], users, length)
       held = np.arange(config.feedback_len) < length[:, None]
       first = writer.append_values(name, self._user[users[held]])
       start = first + np.cumsum(length) - length
       lists[name] = start, length.astype(np.int32)
     return lists
+
+  def _borrow(self, score, users, length):
+    """Fills short lists from the nearest popular films by genres."""
+    names = sorted({name for held in self.movies.genres for name in held})
+    content = np.array(
+      [[name in held for name in names] for held in self.movies.genres], float
+    )
+    popular = pseudo_feedback.popular_items(
+      self.log, self.positive, len(content)
+    )
+    nearest = pseudo_feedback.nearest_popular(
+      content, popular, self.config.pseudo_neighbors
+    )
+    score = score if self.config.feedback == "pinnacle" else None
+    return pseudo_feedback.borrow(
+      self.log, self.positive, score, users, length, nearest
+    )
 
   def write_texts(self, writer: ColumnWriter, directory: epath.PathLike):
     """Writes all tokens; returns start and length of texts by row."""

@@ -23,8 +23,9 @@ from bucket `popular_from` of `popularity` on: 50 positives, as released.
 
 Departures:
 * Lists and histories hold strictly earlier events and never the row's user.
-* What the paper calls pseudo-pinnacle feedback (users borrowed from similar
-  popular items) is missing, as it is in the released code.
+* Pseudo-pinnacle feedback, users borrowed from similar popular items, comes
+  with the data too and is off, as the released code has none; see
+  `recjax.data.pseudo_feedback`.
 * `fusion="identity"` starts stage 3 at the backbone: W is the identity on the
   item's vector. Released: Xavier, so that stage 3 first forgets it.
 * `normalization="mean"` divides the brackets by n+ n- and n_c n_h; released:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from absl.testing import absltest, parameterized
 
-from recjax.data import kuairand, kuairand_source
+from recjax.data import kuairand, kuairand_source, pseudo_feedback
 from recjax.data.columns import Columns
 from recjax.data.vocabulary import load_values
 from recjax.errors import UserError
@@ -111,6 +111,36 @@ class KuaiRandFeedbackTest(parameterized.TestCase):
           self.assertEqual(ids, expected, (split, place, name))
           num_checked += len(expected)
     self.assertGreater(num_checked, 300)
+
+  def test_short_lists_borrow_from_popular_videos_alike(self):
+    own, _ = prepare(feedback="pinnacle", feedback_len=_LEN)
+    # No video of the small log has 50 clicks.
+    with mock.patch.object(
+      pseudo_feedback,
+      "popular_items",
+      side_effect=lambda log, chosen, num: np.ones(num, bool),
+    ):
+      filled, _ = prepare(
+        feedback="pinnacle", feedback_len=_LEN, pseudo_neighbors=2
+      )
+    num_borrowed = 0
+    for split in SPLITS:
+      for name in ("pinnacle_users", "negative_users"):
+        before, after = (
+          (x[split].ids[name], x[split].id_mask[name]) for x in (own, filled)
+        )
+        for old, new, old_mask, new_mask, user in zip(
+          *(before[0], after[0], before[1], after[1]),
+          filled[split].ids["user_id"],
+          strict=True,
+        ):
+          old, new = old[old_mask].tolist(), new[new_mask].tolist()
+          self.assertEqual(new[len(new) - len(old) :], old)
+          self.assertTrue(user == 0 or user not in new)
+          if name == "negative_users":
+            self.assertEqual(new, old)
+          num_borrowed += len(new) - len(old)
+    self.assertGreater(num_borrowed, 100)
 
   def _expected(self, log, part, row, label, kind, protocol):
     """The best users by a loop over all events."""

@@ -170,6 +170,35 @@ class MovieLensTest(parameterized.TestCase):
       )
     self.assertGreater(num_users, 1000)
 
+  def test_short_lists_borrow_from_popular_films_alike(self):
+    own, values = bundled()
+    filled, _ = prepare(pseudo_neighbors=3)
+    num_borrowed = 0
+    for split in SPLITS:
+      before, after = (
+        (x[split].ids["pinnacle_users"], x[split].id_mask["pinnacle_users"])
+        for x in (own, filled)
+      )
+      full = before[1].all(axis=1)
+      np.testing.assert_array_equal(before[0][full], after[0][full])
+      self.assertTrue(np.all(after[1].sum(1) >= before[1].sum(1)))
+      num_borrowed += (after[1].sum(1) > before[1].sum(1)).sum()
+      for old, new, old_mask, new_mask, user in zip(
+        before[0],
+        after[0],
+        before[1],
+        after[1],
+        filled[split].ids["user_id"],
+        strict=True,
+      ):
+        old, new = old[old_mask].tolist(), new[new_mask].tolist()
+        self.assertEqual(new[len(new) - len(old) :], old)
+        self.assertTrue(user == 0 or user not in new)
+      np.testing.assert_array_equal(
+        own[split].ids["negative_users"], filled[split].ids["negative_users"]
+      )
+    self.assertGreater(num_borrowed, 1000)
+
   def test_the_released_protocol_holds_the_target(self):
     for protocol, expected in (("causal", 0.0), ("released", 1.0)):
       data, _ = prepare(protocol=protocol)
@@ -187,6 +216,11 @@ class MovieLensTest(parameterized.TestCase):
     ({"feedback": "best"}, "unknown data.feedback 'best'"),
     ({"valid": 0.6, "test": 0.5}, "leave ratings for training"),
     ({"max_len": 0}, "max_len must be at least 1"),
+    ({"pseudo_neighbors": -1}, "pseudo_neighbors must be at least 0"),
+    (
+      {"pseudo_neighbors": 2, "protocol": "released"},
+      "no part of the released evaluation",
+    ),
     ({"root": "/nowhere"}, "/nowhere holds none of ratings.parquet"),
   )
   def test_mistakes_in_options(self, options, message):

@@ -30,6 +30,11 @@ from pallas_kernels.tpu.networks import LANES, ROWS, SUBLANES, Entry
 _VMEM_BYTES = 64 * 2**20
 # Scores of both axes and the keys have to fit into VMEM.
 _MAX_KEYS = 2048
+# Keys whose gradients of scores are made at once, and rows whose LayerNorm is
+# gone back through: more would not stay in registers.
+_SPREAD = 64
+_ADDED = 8
+_NORMALISED = 32
 _LOWEST = jnp.iinfo(jnp.int32).min
 _PRECISION = jax.lax.Precision.HIGHEST
 
@@ -61,7 +66,10 @@ def product_key_lookup(
       jax.ShapeDtypeStruct(shape, jnp.float32),
       jax.ShapeDtypeStruct(shape, jnp.int32),
     ],
-    scratch_shapes=_search_scratch(num_keys, kept, top_k),
+    scratch_shapes=[
+      pltpu.VMEM((LANES, dim), jnp.float32),
+      *_search_scratch(num_keys, kept, top_k),
+    ],
     compiler_params=_params("parallel"),
     cost_estimate=pl.CostEstimate(
       flops=2 * num_rows * pairs,
@@ -164,9 +172,11 @@ def product_key_lookup_grad(
       *(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (keys, *gains)),
     ],
     scratch_shapes=[
-      pltpu.VMEM((top_k, ROWS), jnp.float32),
-      pltpu.VMEM((top_k, ROWS), jnp.int32),
-      pltpu.VMEM((_up(num_keys, SUBLANES), ROWS), jnp.float32),
+      pltpu.VMEM((top_k, LANES), jnp.float32),
+      pltpu.VMEM((top_k, LANES), jnp.int32),
+      pltpu.VMEM((_up(num_keys, _SPREAD), LANES), jnp.float32),
+      pltpu.VMEM((LANES, dim), jnp.float32),
+      pltpu.VMEM((LANES, dim), jnp.float32),
     ],
     compiler_params=_params("arbitrary"),
     cost_estimate=pl.CostEstimate(
@@ -219,7 +229,7 @@ def _search_scratch(num_keys: int, kept: int, top_k: int) -> list:
     pltpu.VMEM((_up(num_keys, max(kept, LANES)), SUBLANES, LANES), jnp.int32),
     pltpu.VMEM(pairs, jnp.int32),
     pltpu.VMEM(pairs, jnp.int32),
-    *(x for _ in range(3) for x in networks.scratch_shapes(kept)),
+    *(x for _ in range(4) for x in networks.scratch_shapes(kept)),
   ]
 
 
@@ -229,26 +239,27 @@ def _up(n: int, multiple: int) -> int:
 
 def _lookup_kernel(queries_ref, keys_ref, *refs, top_k, has_gain):
   gain_ref, *refs = refs if has_gain else (None, *refs)
-  weights_ref, slots_ref, *scratch = refs
+  weights_ref, slots_ref, normal_ref, *scratch = refs
   _, num_heads, num_keys, dim = keys_ref.shape
   scores_ref = scratch[0]
   for head in range(num_heads):
 
     def fill(axis, head=head):
-      for i in range(SUBLANES):
-        part = pl.ds((axis * num_heads + head) * dim, dim)
-        queries = queries_ref[pl.ds(i * LANES, LANES), part]
+      part = pl.ds((axis * num_heads + head) * dim, dim)
+
+      @pl.loop(0, SUBLANES)
+      def _(i):
+        queries = queries_ref[_part(i), part]
         if has_gain:
           gain = gain_ref[pl.ds(axis, 1), :]
           queries = reference.normalise(queries) * gain
-        scores = jax.lax.dot_general(
-          keys_ref[axis, head],
-          queries,
-          (((1,), (1,)), ((), ())),
-          precision=_PRECISION,
-          preferred_element_type=jnp.float32,
-        )
-        scores_ref[:num_keys, i, :] = networks.to_key(scores)
+        normal_ref[...] = queries
+
+        def score(some):
+          scores = _dot(keys_ref[axis, head, some], normal_ref[...], (1, 1))
+          scores_ref[some, i, :] = networks.to_key(scores)
+
+        _over_keys(num_keys, score)
 
     sums, slots = _search(fill, num_keys, top_k, scratch)
     # The first is the largest.
@@ -281,7 +292,9 @@ def _search(fill, num_keys: int, top_k: int, scratch: list):
     scratch: References of `_search_scratch`.
   """
   scores_ref, pair_keys_ref, pair_slots_ref, *best = scratch
-  row_best, col_best, pair_best = best[:2], best[2:4], best[4:]
+  row_best, col_best, pair_best, fresh = (
+    best[i : i + 2] for i in range(0, 8, 2)
+  )
   kept = row_best[0].shape[0]
 
   def read(place):
@@ -292,7 +305,7 @@ def _search(fill, num_keys: int, top_k: int, scratch: list):
     fill(axis)
     networks.clear(found)
     num_blocks = pl.cdiv(num_keys, kept)
-    networks.keep_best(found, read, num_blocks, is_stable=False)
+    networks.keep_best(found, fresh, read, num_blocks, is_stable=False)
 
   pairs = list(zip(*candidate_pairs(top_k, num_keys), strict=True))
   for place in range(pair_keys_ref.shape[0]):
@@ -309,6 +322,7 @@ def _search(fill, num_keys: int, top_k: int, scratch: list):
   networks.clear(pair_best)
   networks.keep_best(
     pair_best,
+    fresh,
     lambda place: Entry(pair_keys_ref[place], pair_slots_ref[place]),
     pair_keys_ref.shape[0] // kept,
     is_stable=False,
@@ -333,7 +347,9 @@ def _grad_kernel(queries_ref, keys_ref, *refs, num_rows, has_gain):
   gain_ref, *refs = refs if has_gain else (None, *refs)
   weights_ref, slots_ref, grads_ref, *refs = refs
   query_grads_ref, key_grads_ref, *gain_grads_ref = refs[: 2 + has_gain]
-  sums_ref, places_ref, spread_ref = refs[2 + has_gain :]
+  sums_ref, places_ref, spread_ref, normal_ref, scaled_ref = refs[
+    2 + has_gain :
+  ]
   _, num_heads, num_keys, dim = keys_ref.shape
   first = pl.program_id(0) * ROWS
 
@@ -342,52 +358,119 @@ def _grad_kernel(queries_ref, keys_ref, *refs, num_rows, has_gain):
     for ref in (key_grads_ref, *gain_grads_ref):
       ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
-  # Behind the last row is whatever was in memory.
-  lanes = jax.lax.broadcasted_iota(jnp.int32, (1, ROWS), 1)
-  rows = jax.lax.broadcasted_iota(jnp.int32, (ROWS, 1), 0)
   for head, axis in itertools.product(range(num_heads), range(2)):
-    weights, grads = weights_ref[head], grads_ref[head]
-    inner = jnp.sum(weights * grads, axis=0, keepdims=True)
-    score_grads = weights * (grads - inner)
-    sums_ref[...] = jnp.where(first + lanes < num_rows, score_grads, 0.0)
-    slots = slots_ref[head]
-    row_keys = jax.lax.div(slots, num_keys)
-    places_ref[...] = slots - row_keys * num_keys if axis else row_keys
-    _spread(sums_ref, places_ref, spread_ref)
-
     part = pl.ds((axis * num_heads + head) * dim, dim)
-    queries = jnp.where(first + rows < num_rows, queries_ref[:, part], 0.0)
-    normal, norm_vjp = queries, lambda x: (x,)
-    gain = 1.0
-    if has_gain:
-      normal, norm_vjp = jax.vjp(reference.normalise, queries)
-      gain = gain_ref[pl.ds(axis, 1), :]
-    spread = spread_ref[:num_keys]
-    dot = functools.partial(
-      jax.lax.dot_general,
-      precision=_PRECISION,
-      preferred_element_type=jnp.float32,
-    )
-    scaled_grads = dot(spread, keys_ref[axis, head], (((0,), (0,)), ((), ())))
-    key_grads_ref[axis, head] += dot(
-      spread, normal * gain, (((1,), (0,)), ((), ()))
-    )
-    for ref in gain_grads_ref:
-      ref[pl.ds(axis, 1), :] += jnp.sum(scaled_grads * normal, 0, keepdims=True)
-    (query_grads_ref[:, part],) = norm_vjp(scaled_grads * gain)
+
+    @pl.loop(0, SUBLANES)
+    def _(i, head=head, axis=axis, part=part):
+      weights = weights_ref[head, :, _part(i)]
+      grads = grads_ref[head, :, _part(i)]
+      inner = jnp.sum(weights * grads, axis=0, keepdims=True)
+      sums_ref[...] = weights * (grads - inner)
+
+      @pl.when(first + ROWS > num_rows)
+      def _():
+        lanes = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        is_row = lanes < num_rows - first - i * LANES
+        sums_ref[...] = jnp.where(is_row, sums_ref[...], 0.0)
+
+      slots = slots_ref[head, :, _part(i)]
+      row_keys = jax.lax.div(slots, num_keys)
+      places_ref[...] = slots - row_keys * num_keys if axis else row_keys
+      _spread(sums_ref, places_ref, spread_ref)
+
+      def rows_of(j):
+        """Queries of a part of the block, and where they stand."""
+        start = pl.multiple_of(i * LANES + j * _NORMALISED, _NORMALISED)
+        rows = jax.lax.broadcasted_iota(jnp.int32, (_NORMALISED, 1), 0)
+        own = pl.ds(start, _NORMALISED)
+        # Behind the last row is whatever was in memory.
+        is_row = rows < num_rows - first - start
+        return jnp.where(is_row, queries_ref[own, part], 0.0), own
+
+      @pl.loop(0, LANES // _NORMALISED)
+      def _(j):
+        queries, _ = rows_of(j)
+        if has_gain:
+          gain = gain_ref[pl.ds(axis, 1), :]
+          queries = reference.normalise(queries) * gain
+        normal_ref[_part(j, _NORMALISED)] = queries
+
+      scaled_ref[...] = jnp.zeros(scaled_ref.shape, jnp.float32)
+
+      # One product at a time: operands are cut into three parts of bfloat16,
+      # and those of two would not stay in registers.
+      def to_queries(some):
+        grads = _dot(spread_ref[some], keys_ref[axis, head, some], (0, 0))
+        scaled_ref[...] += grads
+
+      def to_keys(some):
+        grads = _dot(spread_ref[some], normal_ref[...], (1, 0))
+        key_grads_ref[axis, head, some] += grads
+
+      _over_keys(num_keys, to_queries)
+      _over_keys(num_keys, to_keys)
+
+      @pl.loop(0, LANES // _NORMALISED)
+      def _(j):
+        queries, own = rows_of(j)
+        grads = scaled_ref[_part(j, _NORMALISED)]
+        if has_gain:
+          gain = gain_ref[pl.ds(axis, 1), :]
+          normal, vjp = jax.vjp(reference.normalise, queries)
+          gain_grads_ref[0][pl.ds(axis, 1), :] += jnp.sum(
+            grads * normal, 0, keepdims=True
+          )
+          (grads,) = vjp(grads * gain)
+        query_grads_ref[own, part] = grads
 
 
 def _spread(sums_ref, places_ref, spread_ref) -> None:
-  """Gradients [top_k, 1024] at their places among the keys [keys, 1024]."""
+  """Gradients [top_k, 128] at their places among the keys [keys, 128]."""
 
-  @pl.loop(0, spread_ref.shape[0] // SUBLANES)
+  @pl.loop(0, spread_ref.shape[0] // _SPREAD)
   def _(block):
-    shape = (SUBLANES, ROWS)
-    keys = block * SUBLANES + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    total = jnp.zeros(shape, jnp.float32)
-    for j in range(sums_ref.shape[0]):
-      is_key = places_ref[pl.ds(j, 1), :] == keys
-      total += jnp.where(is_key, sums_ref[pl.ds(j, 1), :], 0.0)
-    spread_ref[pl.ds(pl.multiple_of(block * SUBLANES, SUBLANES), SUBLANES)] = (
-      total
-    )
+    shape = (SUBLANES, LANES)
+    iota = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    starts = [block * _SPREAD + i for i in range(0, _SPREAD, SUBLANES)]
+    keys = [iota + start for start in starts]
+
+    def add(j, totals):
+      place, total = places_ref[pl.ds(j, 1), :], sums_ref[pl.ds(j, 1), :]
+      return [
+        x + jnp.where(place == key, total, 0.0)
+        for x, key in zip(totals, keys, strict=True)
+      ]
+
+    top_k = sums_ref.shape[0]
+    zeros = [jnp.zeros(shape, jnp.float32) for _ in keys]
+    # Of all at once a compiler would read all before it adds any.
+    unroll = math.gcd(top_k, _ADDED)
+    totals = jax.lax.fori_loop(0, top_k, add, zeros, unroll=unroll)
+    for start, total in zip(starts, totals, strict=True):
+      spread_ref[pl.ds(pl.multiple_of(start, SUBLANES), SUBLANES)] = total
+
+
+def _part(i, size: int = LANES) -> pl.Slice:
+  """The i-th part of this size."""
+  return pl.ds(pl.multiple_of(i * size, size), size)
+
+
+def _over_keys(num_keys: int, body) -> None:
+  """Calls `body(some)` for parts of the keys that registers have room for."""
+  num_blocks, rest = divmod(num_keys, LANES)
+  if num_blocks:
+    pl.loop(0, num_blocks)(lambda i: body(_part(i)))
+  if rest:
+    body(pl.ds(num_blocks * LANES, rest))
+
+
+def _dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+  """Sum of products along an axis of each."""
+  return jax.lax.dot_general(
+    a,
+    b,
+    ((axes[:1], axes[1:]), ((), ())),
+    precision=_PRECISION,
+    preferred_element_type=jnp.float32,
+  )

@@ -46,6 +46,7 @@ def top_k(
     scratch_shapes=[
       pltpu.VMEM((width, SUBLANES, LANES), jnp.int32),
       *networks.scratch_shapes(kept),
+      *networks.scratch_shapes(kept),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"),
@@ -65,8 +66,9 @@ def top_k(
   return values.reshape(shape), indices.T.reshape(shape)
 
 
-def _kernel(x_ref, keys_ref, indices_ref, turned_ref, *best, n, k):
+def _kernel(x_ref, keys_ref, indices_ref, turned_ref, *refs, n, k):
   column = pl.program_id(1)
+  best, fresh = refs[:2], refs[2:]
   width, kept = turned_ref.shape[0], best[0].shape[0]
   turn(x_ref, turned_ref)
 
@@ -80,7 +82,7 @@ def _kernel(x_ref, keys_ref, indices_ref, turned_ref, *best, n, k):
     index = jnp.where(index < n, index, jnp.iinfo(jnp.int32).max)
     return Entry(key, jnp.full_like(key, index))
 
-  networks.keep_best(best, read, width // kept, is_stable=True)
+  networks.keep_best(best, fresh, read, width // kept, is_stable=True)
 
   @pl.when(column == pl.num_programs(1) - 1)
   def _():

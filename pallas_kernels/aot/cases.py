@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend import core as jax_core
 
 import pallas_kernels
+from pallas_kernels.aot import triton_bytes
 from pallas_kernels.product_key_topk import arg_specs as search_specs
 from pallas_kernels.row_update import arg_specs as update_specs
 from pallas_kernels.row_update import optimizers
@@ -77,7 +78,11 @@ def all_cases() -> dict[str, Case]:
 
 
 def kernel_bytes(fn, *arguments) -> int:
-  """Bytes that the kernels of `fn` say they move, by their cost estimates."""
+  """Bytes that the kernels of `fn` move.
+
+  By their cost estimates, and of those in Triton by `triton_bytes`, where what
+  comes again from a cache counts again.
+  """
   total = 0
 
   def visit(jaxpr):
@@ -85,6 +90,13 @@ def kernel_bytes(fn, *arguments) -> int:
     for equation in jaxpr.eqns:
       if equation.primitive.name == "pallas_call":
         total += equation.params["cost_estimate"].bytes_accessed
+      elif equation.primitive.name == "triton_kernel_call":
+        options = equation.params
+        # Number of the argument, type, value.
+        ((_, _, num_rows),) = options["scalar_args"]
+        total += triton_bytes.issued_bytes(
+          options["fn"].fn.__name__, num_rows, options["grid"], options
+        )
       else:
         for inner in jax_core.jaxprs_in_params(equation.params):
           visit(inner)

@@ -19,7 +19,7 @@ import jax
 from absl import app, flags
 
 from pallas_kernels import dispatch
-from pallas_kernels.aot import cases, cuda, tpu, triton_target
+from pallas_kernels.aot import cases, cuda, hlo, tpu, triton_target
 
 _ONLY = flags.DEFINE_string(
   "only", "", "Regular expression of target/implementation/case; all if empty."
@@ -37,20 +37,22 @@ def main(argv) -> None:
   del argv
   report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
   if not _TABLES.value:
-    with tempfile.TemporaryDirectory() as folder:
-      tpu.keep_schedules(folder)
-      for key in entries():
-        if re.match(_ONLY.value, key):
-          found = compile_entry(key)
-          report.pop(key, None)
-          if found is not None:
-            report[key] = found
-            print(key, json.dumps(found), flush=True)
     report["compilers"] = {
       "jax": jax.__version__,
       "libtpu": importlib.metadata.version("libtpu"),
     }
-    REPORT.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+      tpu.keep_schedules(folder)
+      for key in entries():
+        if re.match(_ONLY.value, key):
+          report.pop(key, None)
+          found = compile_entry(key)
+          if found is not None:
+            report[key] = found
+            print(key, json.dumps(found), flush=True)
+          # At once, for a stop in the middle shall lose nothing.
+          text = json.dumps(report, indent=1, sort_keys=True)
+          REPORT.write_text(text + "\n")
   head = README.read_text().split(MARK)[0]
   README.write_text(head + MARK + "\n\n" + tables(report))
 
@@ -103,8 +105,7 @@ def _compile_tpu(target: str, case: cases.Case) -> dict[str, Any]:
     "temp_bytes": program.temp_bytes,
     "alias_bytes": program.alias_bytes,
     "accessed_bytes": program.accessed_bytes,
-    "bundles": program.bundles,
-  }
+  } | program.schedule._asdict()
 
 
 def _compile_cuda(target: str, case: cases.Case) -> dict[str, Any]:
@@ -114,6 +115,7 @@ def _compile_cuda(target: str, case: cases.Case) -> dict[str, Any]:
   return {
     "temp_bytes": program.temp_bytes,
     "alias_bytes": program.alias_bytes,
+    "accessed_bytes": hlo.moved_bytes(program.hlo),
     "registers": max((k.registers for k in program.kernels), default=0),
     "spill_bytes": sum(k.spill_stores + k.spill_loads for k in program.kernels),
   }
@@ -147,23 +149,29 @@ def _tpu_table(report: dict[str, Any]) -> str:
     "",
     "| operator and shape | kernel moves, MB | fused minimum | ratio | "
     "compulsory minimum | ratio | XLA moves | kernel holds beside, MB | "
-    "XLA holds | bundles v5e / v5p / v6e |",
-    "| --- " + "| ---: " * 9 + "|",
+    "XLA holds | bundles v5e / v5p / v6e | vector spills | scalar spills |",
+    "| --- " + "| ---: " * 11 + "|",
   ]
   for name, case in cases.all_cases().items():
     found = [report.get(f"{t}/pallas_tpu/{name}") for t in tpu.TOPOLOGIES]
     xla = report.get(f"v5e/xla/{name}")
-    if None in (*found, xla):
+    if None in (found[0], xla):
       continue
     moved = found[0]["kernel_bytes"]
-    bundles = " / ".join(f"{x['bundles']:,}" for x in found)
+    counts = " | ".join(_counts(found, key) for key in tpu.Schedule._fields)
     lines.append(
       f"| {name} | {_mb(moved)} | {_mb(case.fused_bytes)} | "
       f"{moved / case.fused_bytes:.2f} | {_mb(case.compulsory_bytes)} | "
       f"{moved / case.compulsory_bytes:.2f} | {_mb(xla['accessed_bytes'])} | "
-      f"{_mb(found[0]['temp_bytes'])} | {_mb(xla['temp_bytes'])} | {bundles} |"
+      f"{_mb(found[0]['temp_bytes'])} | {_mb(xla['temp_bytes'])} | {counts} |"
     )
   return "\n".join(lines) + "\n"
+
+
+def _counts(found: list[dict[str, Any] | None], key: str) -> str:
+  """One number a target; a dash for what has not been compiled."""
+  values = [None if x is None else x.get(key) for x in found]
+  return " / ".join("-" if x is None else f"{x:,}" for x in values)
 
 
 def _gpu_table(report: dict[str, Any]) -> str:
@@ -171,9 +179,9 @@ def _gpu_table(report: dict[str, Any]) -> str:
     "### GPU",
     "",
     "| operator and shape | kernel | kernel moves, MB | fused minimum | "
-    "compulsory minimum | kernel holds beside, MB | XLA holds | registers "
-    "A100 / H100 | spilled bytes |",
-    "| --- | --- " + "| ---: " * 7 + "|",
+    "compulsory minimum | XLA moves | kernel holds beside, MB | XLA holds | "
+    "registers A100 / H100 | spilled bytes |",
+    "| --- | --- " + "| ---: " * 8 + "|",
   ]
   for name, case in cases.all_cases().items():
     for implementation in ("pallas_gpu", "mosaic_gpu", "jax_triton"):
@@ -189,6 +197,7 @@ def _gpu_table(report: dict[str, Any]) -> str:
       lines.append(
         f"| {name} | {implementation} | {_mb(moved) if moved else '-'} | "
         f"{_mb(case.fused_bytes)} | {_mb(case.compulsory_bytes)} | "
+        f"{_mb(xla['accessed_bytes']) if 'accessed_bytes' in xla else '-'} | "
         f"{_mb(found[-1]['temp_bytes'])} | "
         f"{_mb(xla['temp_bytes'])} | {registers} | "
         f"{spilled} |"

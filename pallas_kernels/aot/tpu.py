@@ -11,7 +11,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,8 +29,29 @@ _ENVIRONMENT = {
   "TPU_WORKER_ID": "0",
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-# The schedule of a program that the compiler has written down.
-_SCHEDULES = "*schedule-analysis_final_bundles.txt"
+# What the compiler writes down of a program: a summary of its schedule, and
+# the schedule itself with the next number in its name.
+_SUMMARIES = "*-schedule-analysis_final_bundles.txt"
+# A register that is stored, or read back, for want of registers.
+_SPILL = re.compile(
+  r"\b([vs])(?:st|ld)\S*(?: \S+)? \[[vs]mem:\[#allocation\d+_spill"
+)
+
+
+class Schedule(NamedTuple):
+  """Instructions of all kernels of a program, a loop's once.
+
+  Attributes:
+    bundles: Instructions, each of several operations.
+    vector_spills: Operations among them that store or load a vector register
+      for want of registers.
+    scalar_spills: The same of scalar registers, which go to a memory of their
+      own: addresses and counters of the loops around a kernel.
+  """
+
+  bundles: int
+  vector_spills: int
+  scalar_spills: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +66,8 @@ class Compiled:
     accessed_bytes: What XLA's operators move; of a kernel what its cost
       estimate says.
     hlo: The optimised program, as text.
-    bundles: Instructions of all kernels together, a loop's once; None where
-      the compiler was not told to write them down, see `keep_schedules`.
+    schedule: Of all kernels together; None where the compiler was not told to
+      write it down, see `keep_schedules`.
   """
 
   argument_bytes: int
@@ -55,7 +76,7 @@ class Compiled:
   temp_bytes: int
   accessed_bytes: int
   hlo: str
-  bundles: int | None
+  schedule: Schedule | None
 
 
 def compile_for(
@@ -107,7 +128,7 @@ def compile_for(
     temp_bytes=memory.temp_size_in_bytes,
     accessed_bytes=int(executable.cost_analysis().get("bytes accessed", 0)),
     hlo=executable.as_text(),
-    bundles=_take_bundles(),
+    schedule=_take_schedule(),
   )
 
 
@@ -121,22 +142,34 @@ def keep_schedules(folder: str | os.PathLike[str]) -> None:
   )
 
 
-def _take_bundles() -> int | None:
-  """Instructions of the kernels compiled since the last call."""
+def _take_schedule() -> Schedule | None:
+  """Of the kernels compiled since the last call."""
   found = re.search(
     r"--xla_jf_dump_to=(\S+)", os.environ.get("LIBTPU_INIT_ARGS", "")
   )
   if not found:
     return None
   folder = pathlib.Path(found[1])
-  total = 0
-  for path in folder.glob(_SCHEDULES):
-    text = path.read_text()
-    if 'custom_call_target="tpu_custom_call"' in text:
-      total += int(re.search(r"total scheduled bundles:\s+(\d+)", text)[1])
+  total = Schedule(0, 0, 0)
+  for path in folder.glob(_SUMMARIES):
+    summary = path.read_text()
+    if 'custom_call_target="tpu_custom_call"' in summary:
+      total = Schedule(*map(sum, zip(total, _read(path, summary), strict=True)))
   shutil.rmtree(folder)
   folder.mkdir()
   return total
+
+
+def _read(path: pathlib.Path, summary: str) -> Schedule:
+  """One kernel, or what calls it, by the summary of its schedule."""
+  name, number = path.name.removesuffix(_SUMMARIES[1:]).rsplit("-", 1)
+  bundles = path.with_name(f"{name}-{int(number) + 1:02}-final_bundles.txt")
+  spilled = [match[1] for match in _SPILL.finditer(bundles.read_text())]
+  return Schedule(
+    int(re.search(r"total scheduled bundles:\s+(\d+)", summary)[1]),
+    spilled.count("v"),
+    spilled.count("s"),
+  )
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Values of the Triton kernels, by Triton's own interpreter.
+"""Values of the Triton kernels, and what they move, by Triton's interpreter.
 
     TRITON_INTERPRET=1 python -m tests.aot.triton_values top_k
 
@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from triton.runtime import interpreter
 
 from pallas_kernels import dispatch
+from pallas_kernels.aot import triton_bytes
 from pallas_kernels.gpu import triton
 from pallas_kernels.product_key_topk import reference
 from pallas_kernels.product_key_topk.api import (
@@ -27,6 +29,35 @@ from pallas_kernels.product_key_topk.api import (
 from pallas_kernels.top_k.api import top_k
 
 RNG = np.random.default_rng(0)
+
+
+CHECKED = set()
+
+
+@contextlib.contextmanager
+def moved_bytes():
+  """Bytes of each load and store of the kernels that run in this block."""
+  moved = []
+  builder = interpreter.InterpreterBuilder
+  load, store = builder.create_masked_load, builder.create_masked_store
+
+  def count(ptrs, mask):
+    itemsize = ptrs.get_element_ty().primitive_bitwidth // 8
+    moved.append(itemsize * int(np.sum(mask.data)))
+
+  def counted_load(self, ptrs, mask, *rest):
+    count(ptrs, mask)
+    return load(self, ptrs, mask, *rest)
+
+  def counted_store(self, ptrs, value, mask, *rest):
+    count(ptrs, mask)
+    return store(self, ptrs, value, mask, *rest)
+
+  with (
+    mock.patch.object(builder, "create_masked_load", counted_load),
+    mock.patch.object(builder, "create_masked_store", counted_store),
+  ):
+    yield moved
 
 
 @contextlib.contextmanager
@@ -47,7 +78,12 @@ def interpreted():
         for shape, dtype in results
       ]
       arrays = [torch.from_numpy(np.array(x)) for x in arrays]
-      kernel[tuple(grid)](*arrays, *scalars, *outputs, **options)
+      with moved_bytes() as moved:
+        kernel[tuple(grid)](*arrays, *scalars, *outputs, **options)
+      name = kernel.fn.__name__
+      want = triton_bytes.issued_bytes(name, *scalars, grid, options)
+      np.testing.assert_allclose(sum(moved), want, rtol=0.05, err_msg=name)
+      CHECKED.add(name)
       return [x.numpy() for x in outputs]
 
     types = [jax.ShapeDtypeStruct(*result) for result in results]
@@ -158,4 +194,4 @@ def check_lookup():
 if __name__ == "__main__":
   with interpreted():
     globals()[f"check_{sys.argv[1]}"]()
-  print("checked")
+  print("checked", *sorted(CHECKED))

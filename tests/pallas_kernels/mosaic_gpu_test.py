@@ -1,5 +1,10 @@
 """Mosaic GPU kernels in their interpreter, with races looked for."""
 
+import contextlib
+import functools
+import inspect
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from sparse_gather_test import close, ids, normal, stored
 
 from pallas_kernels import dispatch
+from pallas_kernels.aot import cases
 from pallas_kernels.sparse_gather import mosaic_gpu
 from pallas_kernels.sparse_gather.api import sparse_gather
 
@@ -25,6 +31,41 @@ def interpreter():
   from jax._src.pallas.mosaic_gpu.interpret import params
 
   return params.InterpretGPUParams(detect_races=True)
+
+
+@contextlib.contextmanager
+def moved_bytes():
+  """Bytes of each copy, load and store in global memory that kernels make."""
+  moved = []
+  get, swap = interpreter_state._get, interpreter_state._swap
+
+  def count(fn, args, options, values=None):
+    given = inspect.signature(fn).bind(*args, **options).arguments
+    key = interpreter_state.HostAllocationKey.from_array(
+      given["allocation_key_as_array"]
+    )
+    space = interpreter_state.GPU_MEMORY_SPACE_BY_IDX[key.memory_space_id]
+    # Without coordinates results are fetched, after the kernel.
+    is_kernel = given["grid_point_coords"] is not None
+    if is_kernel and interpreter_state.is_gmem_memory_space(space):
+      moved.append((given["val"] if values is None else values).nbytes)
+
+  @functools.wraps(get)
+  def counted_get(*args, **options):
+    token, values = get(*args, **options)
+    count(get, args, options, values)
+    return token, values
+
+  @functools.wraps(swap)
+  def counted_swap(*args, **options):
+    count(swap, args, options)
+    return swap(*args, **options)
+
+  with (
+    mock.patch.object(interpreter_state, "_get", counted_get),
+    mock.patch.object(interpreter_state, "_swap", counted_swap),
+  ):
+    yield moved
 
 
 class SparseGatherTest(parameterized.TestCase):
@@ -68,6 +109,24 @@ class SparseGatherTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       sparse_gather(table, indices, weights), np.ones((2, 64))
     )
+
+  @parameterized.parameters(64, 128, 384)
+  def test_moves_what_the_other_kernel_for_gpus_says(self, dim):
+    table, weights = normal((23, dim)), normal((4, 9), 1)
+    indices = ids((4, 9), high=23) % 23
+
+    def step(weights, output_grad):
+      output, pull = jax.vjp(
+        lambda w: sparse_gather(table, indices, w), weights
+      )
+      return output, pull(output_grad)
+
+    arrays = weights, normal((4, dim), 2)
+    with moved_bytes() as moved:
+      jax.block_until_ready(step(*arrays))
+    with dispatch.use("pallas_gpu", platform="gpu"):
+      estimate = cases.kernel_bytes(step, *arrays)
+    self.assertLess(abs(sum(moved) - estimate), 0.02 * estimate)
 
   def test_nothing_to_read(self):
     output = sparse_gather(normal((5, 64)), ids((3, 0)), normal((3, 0)))

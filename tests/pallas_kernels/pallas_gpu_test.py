@@ -1,6 +1,8 @@
 """Pallas kernels for GPUs, interpreted, against float64 NumPy."""
 
+import contextlib
 import functools
+from unittest import mock
 
 import chex
 import jax
@@ -9,9 +11,11 @@ import numpy as np
 import row_update_test
 import sparse_gather_test
 from absl.testing import absltest, parameterized
+from jax.experimental.pallas import triton as plt
 from sparse_gather_test import close, ids, normal, stored
 
 from pallas_kernels import dispatch
+from pallas_kernels.aot import cases
 from pallas_kernels.gpu import rows as gpu_rows
 from pallas_kernels.row_update.api import row_update
 from pallas_kernels.sparse_gather.api import (
@@ -166,6 +170,78 @@ class RowUpdateTest(InterpretedCase):
       row_update(
         *(table, {}, jnp.array([1]), grads), optimizer="sgd", learning_rate=1.0
       )
+
+
+@contextlib.contextmanager
+def moved_bytes():
+  """Bytes of each load and store of the kernels that are traced and run here.
+
+  Single numbers that a kernel reads without `load` are not in it.
+  """
+  moved = []
+  load, store = plt.load, plt.store
+
+  def count(values, mask):
+    size = jnp.sum(jnp.broadcast_to(mask, values.shape))
+    jax.debug.callback(
+      lambda size: moved.append(values.dtype.itemsize * int(size)), size
+    )
+
+  def counted_load(ref, *, mask, other):
+    values = load(ref, mask=mask, other=other)
+    count(values, mask)
+    return values
+
+  def counted_store(ref, values, *, mask):
+    count(values, mask)
+    store(ref, values, mask=mask)
+
+  with (
+    mock.patch.object(plt, "load", counted_load),
+    mock.patch.object(plt, "store", counted_store),
+  ):
+    yield moved
+    jax.effects_barrier()
+
+
+class TrafficTest(InterpretedCase):
+  """Bytes that a kernel loads and stores, against what it says it moves."""
+
+  def check(self, fn, *arrays):
+    with moved_bytes() as moved:
+      # A function of its own, lest jax knows the trace without a count.
+      jax.block_until_ready(jax.jit(lambda *x: fn(*x))(*arrays))
+    estimate = cases.kernel_bytes(fn, *arrays)
+    self.assertLess(abs(sum(moved) - estimate), 0.02 * estimate)
+
+  @parameterized.parameters(128, 300)
+  def test_gather_and_the_gradient_of_its_weights(self, dim):
+    table, weights = normal((30, dim)), normal((12, 8), 1)
+    indices = jnp.asarray(np.arange(96).reshape(12, 8) % 30, jnp.int32)
+
+    def step(table, weights, gate):
+      output, pull = jax.vjp(
+        lambda w, g: sparse_gather(table, indices, w, gate=g), weights, gate
+      )
+      return output, pull(output)
+
+    self.check(step, table, weights, normal((12, dim), 2))
+
+  def test_gradients_of_rows(self):
+    def grads(weights, output_grad):
+      indices = jnp.arange(40).reshape(10, 4)
+      return sparse_gather_row_grads(indices, weights, output_grad, num_rows=64)
+
+    self.check(grads, normal((10, 4)), normal((10, 256), 1))
+
+  def test_update(self):
+    def step(table, grads):
+      ids = jnp.arange(20)[::-1]
+      return row_update(
+        *(table, {}, ids, grads), optimizer="sgd", learning_rate=0.1
+      )[0]
+
+    self.check(step, normal((64, 256)), normal((20, 256), 1))
 
 
 class GroupReadsTest(parameterized.TestCase):

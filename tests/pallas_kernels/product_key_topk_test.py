@@ -193,6 +193,27 @@ class LookupTest(parameterized.TestCase):
     )
     self.assertTrue((np.diff(weights, axis=-1) <= 0).all())
 
+  @parameterized.parameters(*ALL)
+  def test_halves_are_taken_for_what_they_are_in_float32(self, name):
+    halves = [x.astype(jnp.bfloat16) for x in random_lookup()]
+    towards = jnp.arange(ROWS * HEADS * 6.0).reshape(ROWS, HEADS, 6)
+
+    def look(queries, keys, gain):
+      weights, slots = product_key_lookup(
+        queries, keys, 6, gain=gain, implementation=name
+      )
+      return jnp.sum(weights * towards), (weights, slots)
+
+    run = jax.jit(jax.value_and_grad(look, (0, 1, 2), has_aux=True))
+    (_, found), grads = run(*halves)
+    (_, want), want_grads = run(*(x.astype(jnp.float32) for x in halves))
+    self.assertEqual(found[0].dtype, jnp.float32)
+    for a, b in zip(found, want, strict=True):
+      np.testing.assert_array_equal(a, b)
+    for a, b in zip(grads, want_grads, strict=True):
+      self.assertEqual(a.dtype, jnp.bfloat16)
+      np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+
   @parameterized.product(name=("xla", "cpu"), has_gain=(True, False))
   def test_gradients_equal_finite_differences_of_float64(self, name, has_gain):
     queries, keys, gain = random_lookup()

@@ -13,6 +13,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 import pallas_kernels
+from pallas_kernels import dispatch
 from pallas_kernels.aot import cases
 from pallas_kernels.product_key_topk import reference as search_reference
 from pallas_kernels.row_update import optimizers
@@ -316,6 +317,24 @@ class NetworksTest(parameterized.TestCase):
       pair = lists[:, [i, j]]
       lists[:, i], lists[:, j] = pair.max(1), pair.min(1)
     np.testing.assert_array_equal(lists, want)
+
+  @pytest.mark.slow
+  def test_lists_longer_than_the_registers_are_merged(self):
+    # Several blocks of 32 entries, with ties.
+    k, x = 20, np.random.default_rng(0).integers(0, 40, (3, 130))
+    with dispatch.use("pallas_tpu", interpret=True):
+      _, indices = pallas_kernels.top_k(jnp.asarray(x, jnp.float32), k)
+    want = np.argsort(-x, axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(indices, want)
+
+  def test_groups_share_no_place(self):
+    pairs = networks.mirrored_pairs(16, 32) + networks.distant_pairs(16, 8, 32)
+    groups = networks.groups_of(pairs, 32)
+    self.assertLen(groups, 8)
+    places = [place for group in groups for place in group.places]
+    self.assertCountEqual(places, range(32))
+    found = [(g.places[i], g.places[j]) for g in groups for i, j in g.pairs]
+    self.assertCountEqual(found, pairs)
 
   def test_images_of_floats_keep_their_order(self):
     x = np.float32([-np.nan, -np.inf, -1, -1e-40, -0.0, 0, 1e-40, 2, np.inf])

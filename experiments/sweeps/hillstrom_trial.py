@@ -5,7 +5,9 @@
         --results=experiments/results/hillstrom_trial
 
 Expected outcome at six budgets and the area under the cost curve; the same
-optimiser, steps and network for all.
+optimiser, steps and network for all. Cross-fitted: seed k tests on the k-th
+fifth of the people, so that everybody is judged once, by a model that has not
+seen them; intervals are of a bootstrap over all of them.
 """
 
 from experiments.sweeps import common
@@ -40,6 +42,7 @@ def get_sweep(dataset: str = "hillstrom") -> Sweep:
     ),
     baseline="two_stage_shared",
     num_trials=0,
+    seed_words=("data.fold",),
     metric="valid/trial/eom",
     table_metrics=(
       "test/trial/eom",

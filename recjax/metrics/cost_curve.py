@@ -71,35 +71,69 @@ def cost_curve(
   if spend not in ("observed", "predicted"):
     raise ValueError(f"unknown spend {spend!r}; use 'observed' or 'predicted'")
   check_propensity(propensity)
-  gain = predicted_response - predicted_response[:, :1]
-  extra = np.maximum(predicted_cost - predicted_cost[:, :1], 0).astype(float)
-  start, steps = _steps(gain.astype(float), extra)
-  weight = 1 / propensity.astype(np.float64)
-  before, after, person, ratio = steps
-  order = np.argsort(-ratio, kind="stable")
-  before, after, person, ratio = (
-    x[order] for x in (before, after, person, ratio)
+  path = PricePath(predicted_response, predicted_cost, treatment)
+  curve = path.curve(
+    response, cost, 1 / propensity.astype(np.float64), normalize=normalize
   )
-  ends = np.flatnonzero(np.append(ratio[1:] != ratio[:-1], True)[: len(ratio)])
-
-  def along(seen):
-    """Sum of weighted outcomes at the start and after each price."""
-    seen = weight * seen
-    first = seen[treatment == start].sum()
-    own, now = treatment[person], seen[person]
-    change = np.cumsum(now * ((own == after).astype(int) - (own == before)))
-    return first + np.append(0.0, change[ends])
-
-  count = along(np.ones(len(treatment))) if normalize else len(treatment)
-  with np.errstate(invalid="ignore", divide="ignore"):
-    value = along(response) / count
-    spent = along(cost) / count
   if spend == "predicted":
-    people = np.arange(len(start))
-    more = np.cumsum(extra[person, after] - extra[person, before])
-    first = extra[people, start].sum()
-    spent = (first + np.append(0.0, more[ends])) / len(start)
-  return CostCurve(spent, value, np.append(np.inf, ratio[ends]))
+    curve = curve._replace(spend=path.predicted_spend())
+  return curve
+
+
+class PricePath:
+  """What everybody takes as the price of money falls, sorted once.
+
+  For many curves of one model's predictions, as a bootstrap needs them; one
+  is `cost_curve`, which says what the arguments are.
+  """
+
+  def __init__(
+    self,
+    predicted_response: Float[np.ndarray, "people treatments"],
+    predicted_cost: Float[np.ndarray, "people treatments"],
+    treatment: Integer[np.ndarray, " people"],
+  ):
+    gain = predicted_response - predicted_response[:, :1]
+    extra = np.maximum(predicted_cost - predicted_cost[:, :1], 0).astype(float)
+    self._start, steps = _steps(gain.astype(float), extra)
+    order = np.argsort(-steps[3], kind="stable")
+    before, after, self._person, ratio = (x[order] for x in steps)
+    is_last = np.append(ratio[1:] != ratio[:-1], True)[: len(ratio)]
+    self._ends = np.flatnonzero(is_last)
+    self._multiplier = np.append(np.inf, ratio[self._ends])
+    own = treatment[self._person]
+    # Whether the step makes the policy name what the person got, or no more.
+    self._match = (own == after).astype(np.int8) - (own == before)
+    self._starts = treatment == self._start
+    self._extra, self._before, self._after = extra, before, after
+
+  def curve(
+    self,
+    response: Real[np.ndarray, " people"],
+    cost: Real[np.ndarray, " people"],
+    weight: Float[np.ndarray, " people"],
+    *,
+    normalize: bool = True,
+  ) -> CostCurve:
+    """The curve where a person counts by `weight`, with observed spending."""
+    count = self._along(weight) if normalize else len(self._start)
+    with np.errstate(invalid="ignore", divide="ignore"):
+      value = self._along(weight * response) / count
+      spent = self._along(weight * cost) / count
+    return CostCurve(spent, value, self._multiplier)
+
+  def predicted_spend(self) -> Float[np.ndarray, " points"]:
+    """Mean cost a person at each point, as predicted."""
+    rows, people = self._person, np.arange(len(self._start))
+    more = self._extra[rows, self._after] - self._extra[rows, self._before]
+    more = np.cumsum(more)[self._ends]
+    first = self._extra[people, self._start].sum()
+    return (first + np.append(0.0, more)) / len(people)
+
+  def _along(self, seen):
+    """Sum over those whose treatment is named, at the start and each price."""
+    change = np.cumsum(seen[self._person] * self._match)[self._ends]
+    return seen[self._starts].sum() + np.append(0.0, change)
 
 
 def value_at_budget(

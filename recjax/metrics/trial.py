@@ -18,6 +18,9 @@ from recjax.batch import TrialRows
 from recjax.metrics import cost_curve, uplift
 
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
+_NAMES = tuple(f"@{round(100 * share)}" for share in SHARES)
+# What `resample` gives: all that a bootstrap over people can say.
+RESAMPLED = ("eom", *(f"eom{name}" for name in _NAMES), "cost_curve_area")
 _STEPS = 40
 
 
@@ -53,13 +56,12 @@ def summarize(
   """
   response, cost = np.float64(response), np.float64(cost)
   weight = 1.0 / np.float64(trial.propensity)
-  names = [f"@{round(100 * share)}" for share in SHARES]
   budgets = trial_budgets(trial, response.shape[1])
   seen = (trial.treatment, trial.response, trial.cost, trial.propensity)
   curve = cost_curve.cost_curve(response, cost, *seen)
   earned = cost_curve.value_at_budget(curve, budgets)
   values = {"eom": float(earned.mean())}
-  values |= {f"eom{n}": float(v) for n, v in zip(names, earned, strict=True)}
+  values |= {f"eom{n}": float(v) for n, v in zip(_NAMES, earned, strict=True)}
   values["cost_curve_area"] = cost_curve.cost_curve_area(curve)
   if response.shape[1] == 2:
     added = np.diff(response, axis=1)[:, 0], np.diff(cost, axis=1)[:, 0]
@@ -79,19 +81,59 @@ def summarize(
       regret(response, cost, truth["response"], truth["cost"], share)
       for share in SHARES
     ]
-    values |= {f"regret{n}": v for n, v in zip(names, shares, strict=True)}
+    values |= {f"regret{n}": v for n, v in zip(_NAMES, shares, strict=True)}
     values["regret"] = float(np.mean(shares))
   return values
+
+
+def resample(
+  response: Float[np.ndarray, "people treatments"],
+  cost: Float[np.ndarray, "people treatments"],
+  trial: TrialRows,
+  *,
+  num_samples: int,
+  seed: int | list[int] = 0,
+) -> dict[str, Float[np.ndarray, " num_samples"]]:
+  """The metrics of `RESAMPLED` with the units of the trial drawn anew.
+
+  Units are drawn with their people; budgets are those of the trial itself.
+  One seed gives the same draws to all predictions.
+
+  Args:
+    response: Predicted response.
+    cost: Predicted cost.
+    trial: What was drawn and seen; `cluster` names the units.
+    num_samples: Draws.
+    seed: Of the draws.
+
+  Returns:
+    Name -> its value in each draw.
+  """
+  path = cost_curve.PricePath(
+    np.float64(response), np.float64(cost), trial.treatment
+  )
+  budgets = trial_budgets(trial, response.shape[1])
+  weight = 1.0 / np.float64(trial.propensity)
+  seen = np.float64(trial.response), np.float64(trial.cost)
+  units, unit = np.unique(trial.cluster, return_inverse=True)
+  rng = np.random.default_rng(seed)
+  rows = []
+  for _ in range(num_samples):
+    drawn = rng.integers(len(units), size=len(units))
+    times = np.bincount(drawn, minlength=len(units))[unit]
+    curve = path.curve(*seen, times * weight)
+    # Before anybody counts there is no value.
+    known = np.isfinite(curve.value)
+    curve = cost_curve.CostCurve(*(points[known] for points in curve))
+    earned = cost_curve.value_at_budget(curve, budgets)
+    rows.append([earned.mean(), *earned, cost_curve.cost_curve_area(curve)])
+  return dict(zip(RESAMPLED, np.array(rows).T, strict=True))
 
 
 def metric_names(has_truth: bool = False) -> list[str]:
   """Names that `summarize` gives."""
   kinds = ["eom", "regret"] if has_truth else ["eom"]
-  names = [
-    f"{kind}{suffix}"
-    for kind in kinds
-    for suffix in ("", *(f"@{round(100 * share)}" for share in SHARES))
-  ]
+  names = [f"{kind}{suffix}" for kind in kinds for suffix in ("", *_NAMES)]
   return [*names, "cost_curve_area", "aucc", "response_rmse", "cost_rmse"]
 
 

@@ -71,10 +71,9 @@ def cost_curve(
   if spend not in ("observed", "predicted"):
     raise ValueError(f"unknown spend {spend!r}; use 'observed' or 'predicted'")
   check_propensity(propensity)
-  path = PricePath(predicted_response, predicted_cost, treatment)
-  curve = path.curve(
-    response, cost, 1 / propensity.astype(np.float64), normalize=normalize
-  )
+  path = PricePath(predicted_response, predicted_cost)
+  weight = 1 / propensity.astype(np.float64)
+  curve = path.curve(treatment, response, cost, weight, normalize=normalize)
   if spend == "predicted":
     curve = curve._replace(spend=path.predicted_spend())
   return curve
@@ -83,7 +82,7 @@ def cost_curve(
 class PricePath:
   """What everybody takes as the price of money falls, sorted once.
 
-  For many curves of one model's predictions, as a bootstrap needs them; one
+  For several curves of one model's predictions, as a bootstrap needs them; one
   is `cost_curve`, which says what the arguments are.
   """
 
@@ -91,49 +90,61 @@ class PricePath:
     self,
     predicted_response: Float[np.ndarray, "people treatments"],
     predicted_cost: Float[np.ndarray, "people treatments"],
-    treatment: Integer[np.ndarray, " people"],
   ):
     gain = predicted_response - predicted_response[:, :1]
     extra = np.maximum(predicted_cost - predicted_cost[:, :1], 0).astype(float)
     self._start, steps = _steps(gain.astype(float), extra)
     order = np.argsort(-steps[3], kind="stable")
-    before, after, self._person, ratio = (x[order] for x in steps)
+    self._before, self._after, self._person, ratio = (x[order] for x in steps)
     is_last = np.append(ratio[1:] != ratio[:-1], True)[: len(ratio)]
     self._ends = np.flatnonzero(is_last)
     self._multiplier = np.append(np.inf, ratio[self._ends])
-    own = treatment[self._person]
-    # Whether the step makes the policy name what the person got, or no more.
-    self._match = (own == after).astype(np.int8) - (own == before)
-    self._starts = treatment == self._start
-    self._extra, self._before, self._after = extra, before, after
+    self._extra = extra
 
   def curve(
     self,
+    treatment: Integer[np.ndarray, " people"],
     response: Real[np.ndarray, " people"],
     cost: Real[np.ndarray, " people"],
     weight: Float[np.ndarray, " people"],
     *,
     normalize: bool = True,
   ) -> CostCurve:
-    """The curve where a person counts by `weight`, with observed spending."""
-    count = self._along(weight) if normalize else len(self._start)
+    """The curve by a trial whose people count by `weight`."""
+    own, starts = treatment[self._person], treatment == self._start
+    # Whether a step makes the policy name what the person got, or no more.
+    match = (own == self._after).astype(np.int8) - (own == self._before)
+
+    def along(seen):
+      return self._along(seen[starts].sum(), seen[self._person] * match)
+
+    count = along(weight) if normalize else len(treatment)
     with np.errstate(invalid="ignore", divide="ignore"):
-      value = self._along(weight * response) / count
-      spent = self._along(weight * cost) / count
+      value = along(weight * response) / count
+      spent = along(weight * cost) / count
+    return CostCurve(spent, value, self._multiplier)
+
+  def known_curve(
+    self,
+    response: Real[np.ndarray, "people treatments"],
+    cost: Real[np.ndarray, "people treatments"],
+  ) -> CostCurve:
+    """The curve where the outcome of every treatment is known."""
+    value, spent = self._mean(response), self._mean(cost)
     return CostCurve(spent, value, self._multiplier)
 
   def predicted_spend(self) -> Float[np.ndarray, " points"]:
     """Mean cost a person at each point, as predicted."""
-    rows, people = self._person, np.arange(len(self._start))
-    more = self._extra[rows, self._after] - self._extra[rows, self._before]
-    more = np.cumsum(more)[self._ends]
-    first = self._extra[people, self._start].sum()
-    return (first + np.append(0.0, more)) / len(people)
+    return self._mean(self._extra)
 
-  def _along(self, seen):
-    """Sum over those whose treatment is named, at the start and each price."""
-    change = np.cumsum(seen[self._person] * self._match)[self._ends]
-    return seen[self._starts].sum() + np.append(0.0, change)
+  def _mean(self, table):
+    person, people = self._person, np.arange(len(table))
+    change = table[person, self._after] - table[person, self._before]
+    return self._along(table[people, self._start].sum(), change) / len(table)
+
+  def _along(self, first, change):
+    """A sum at the start and after each price, from its changes by step."""
+    return first + np.append(0.0, np.cumsum(change)[self._ends])
 
 
 def value_at_budget(

@@ -18,6 +18,8 @@ from recjax.sweep import Sweep
 def get_sweep(dataset: str = "hillstrom") -> Sweep:
   """Every method once; no tuning beyond the choice of the checkpoint."""
   data = {"data": {"name": dataset}}
+  # About twenty passes over the training part.
+  data |= {"train.num_train_steps": 200, "train.eval_every_steps": 20}
 
   def model(label, recipe, **words):
     words = {f"model.{key}": value for key, value in words.items()}

@@ -53,6 +53,6 @@ def get_sweep(world: str = "misspecified") -> Sweep:
     seeds=tuple(range(10, 20)),
     seed_words=("data.seed",),
     metric="valid/trial/eom",
-    table_metrics=("test/trial/regret", "test/trial/eom"),
+    table_metrics=("test/trial/regret", "test/trial/response_rmse"),
     control=None if world == "well_specified" else "planted_trial_control",
   )

@@ -5,6 +5,7 @@ from absl.testing import absltest
 
 from recjax.batch import TrialRows
 from recjax.data import synthetic_trial
+from recjax.metrics import cost_curve
 from recjax.metrics import trial as trial_metrics
 from recjax.metrics.uplift import eom
 
@@ -127,6 +128,34 @@ class TrialTest(absltest.TestCase):
     self.assertGreater(trial_metrics.summarize(*tables, rows)["aucc"], 0.6)
     reverse = trial_metrics.summarize(-tables[0], tables[1], rows)
     self.assertLess(reverse["aucc"], 0.4)
+
+  def test_draws_are_those_of_people_written_as_often_as_drawn(self):
+    _, trial, truth = planted(num_rows=400)
+    trial = trial.replace(cluster=trial.cluster // 2)
+    rng = np.random.default_rng(0)
+    response = truth["response"] + rng.normal(size=truth["response"].shape)
+    found = trial_metrics.resample(
+      response, truth["cost"], trial, num_samples=3, seed=5
+    )
+    self.assertEqual(tuple(found), trial_metrics.RESAMPLED)
+    budgets = trial_metrics.trial_budgets(trial, 4)
+    units, draws = np.unique(trial.cluster), np.random.default_rng(5)
+    for i in range(3):
+      drawn = draws.choice(len(units), len(units))
+      rows = np.concatenate(
+        [np.flatnonzero(trial.cluster == units[unit]) for unit in drawn]
+      )
+      curve = cost_curve.cost_curve(
+        response[rows],
+        truth["cost"][rows],
+        trial.treatment[rows],
+        trial.response[rows],
+        trial.cost[rows],
+        trial.propensity[rows],
+      )
+      earned = cost_curve.value_at_budget(curve, budgets)
+      expected = [earned.mean(), *earned, cost_curve.cost_curve_area(curve)]
+      np.testing.assert_allclose([v[i] for v in found.values()], expected)
 
   def test_names_are_those_that_are_measured(self):
     _, trial, truth = planted(num_rows=500)

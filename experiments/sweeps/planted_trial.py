@@ -41,10 +41,9 @@ def get_sweep(world: str = "misspecified") -> Sweep:
   return Sweep(
     models=(
       model("two_stage", "two_stage", RATES),
+      model("e2e_e3", "budget_allocation", WEIGHTS),
       model("dfcl_pl", "dfcl", WEIGHTS, loss="pl"),
       model("dfcl_ifd", "dfcl", WEIGHTS, loss="ifd"),
-      model("e2e_e2", "budget_allocation", WEIGHTS, estimator="row_nes"),
-      model("e2e_e3", "budget_allocation", WEIGHTS),
     ),
     baseline="two_stage",
     num_trials=3,

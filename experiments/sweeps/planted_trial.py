@@ -43,7 +43,6 @@ def get_sweep(world: str = "misspecified") -> Sweep:
       model("two_stage", "two_stage", RATES),
       model("e2e_e3", "budget_allocation", WEIGHTS),
       model("dfcl_pl", "dfcl", WEIGHTS, loss="pl"),
-      model("dfcl_ifd", "dfcl", WEIGHTS, loss="ifd"),
     ),
     baseline="two_stage",
     num_trials=3,

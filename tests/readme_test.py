@@ -51,7 +51,7 @@ class ReadmeTest(parameterized.TestCase):
   def test_a_changed_result_is_seen(self):
     results = self.folder / "results"
     shutil.copytree(RESULTS, results)
-    path = results / "kuairand_recipes" / "rankmixer-0.json"
+    path = results / "kuairand_base" / "rankmixer-0.json"
     result = json.loads(path.read_text())
     result["metrics"]["test/click/auc"] += 0.01
     write_json(path, result)

@@ -121,41 +121,15 @@ def allocate(
     >>> plan.choice.tolist(), plan.value, plan.spend, plan.upper_bound
     ([1, 2], 7.0, 3.0, 7.0)
   """
-  given, (response, cost) = (
-    response,
-    allocation_inputs.read_tables(response, cost, allowed),
+  gain, costs = allocation_inputs.read_tables(response, cost, allowed)
+  gain = gain - gain[0]
+  limits = _read_limits(
+    costs, budget, segment, segment_budget, min_roi, unit_value
   )
-  num_users = response.shape[1]
-  segment, segment_budget = allocation_inputs.read_segments(
-    segment, segment_budget, num_users
-  )
-  min_roi = allocation_inputs.read_positive("min_roi", min_roi, 0.0)
-  floor = 1 / allocation_inputs.read_positive("unit_value", unit_value, np.inf)
-  budgets = allocation_inputs.read_budgets(budget, segment_budget)
-  response = response - response[0]
-  # Infinity times a price of zero is no number: no limit is twice of all that
-  # can be spent, which rounding does not reach.
-  most = 2 * cost.max(axis=0)
-  if segment is not None:
-    highest = np.bincount(segment, most, len(segment_budget))
-    segment_budget = np.minimum(segment_budget, highest)
   with jax.enable_x64(True):
-    search = _Search(response, cost, segment, mesh)
-    plans = [
-      _plan(
-        search,
-        allocation_repair.Limits(
-          budget=min(float(each), float(most.sum())),
-          segment=segment,
-          segment_budget=segment_budget,
-          min_roi=min_roi,
-          floor=floor,
-        ),
-        np.asarray(given),
-      )
-      for each in np.atleast_1d(budgets)
-    ]
-  if budgets.ndim == 0:
+    search = _Search(gain, costs, limits[0].segment, mesh)
+    plans = [_plan(search, each, np.asarray(response)) for each in limits]
+  if budget is None or np.ndim(budget) == 0:
     return plans[0]
   return Allocation(*(np.stack(column) for column in zip(*plans, strict=True)))
 
@@ -225,6 +199,34 @@ def find_multiplier(
   high = jnp.maximum(2 * ratio.max(), zero)
   _, high = jax.lax.fori_loop(0, num_steps, halve, (zero, high))
   return jnp.where(is_within(zero), zero, high)
+
+
+def _read_limits(
+  cost, budget, segment, segment_budget, min_roi, unit_value
+) -> list[allocation_repair.Limits]:
+  """The arguments of `allocate` as limits, one a budget."""
+  segment, segment_budget = allocation_inputs.read_segments(
+    segment, segment_budget, cost.shape[1]
+  )
+  min_roi = allocation_inputs.read_positive("min_roi", min_roi, 0.0)
+  floor = 1 / allocation_inputs.read_positive("unit_value", unit_value, np.inf)
+  budgets = allocation_inputs.read_budgets(budget, segment_budget)
+  # Infinity times a price of zero is no number: no limit is twice of all that
+  # can be spent, which rounding does not reach.
+  most = 2 * cost.max(axis=0)
+  if segment is not None:
+    highest = np.bincount(segment, most, len(segment_budget))
+    segment_budget = np.minimum(segment_budget, highest)
+  return [
+    allocation_repair.Limits(
+      budget=min(float(each), float(most.sum())),
+      segment=segment,
+      segment_budget=segment_budget,
+      min_roi=min_roi,
+      floor=floor,
+    )
+    for each in np.atleast_1d(budgets)
+  ]
 
 
 class _Search:

@@ -5,6 +5,7 @@ beside published numbers. What it gives is small: `experiments.sweep` makes it
 once and keeps it as `comparison.json`.
 """
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Sequence
@@ -13,9 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from recjax import statistics
+from recjax.batch import TrialRows
 from recjax.errors import UserError
+from recjax.metrics import trial
 
 METRICS = ("auc", "gauc", "logloss")
+TRIAL = "trial"  # In place of a task, for what `trial.resample` draws.
 NUM_SAMPLES = 2000
 # A metric of other predictions than those scored differs by more than this.
 _TOLERANCE = 1e-5
@@ -57,8 +61,9 @@ class Samples:
       UserError: If predictions are malformed or not those of the result.
     """
     split, *task, name = metric.split("/")
-    if split != "test" or len(task) != 1 or name not in METRICS:
-      return UserBootstrap(None, f"made for test {', '.join(METRICS)} only")
+    known = trial.RESAMPLED if task == [TRIAL] else METRICS
+    if split != "test" or len(task) != 1 or name not in known:
+      return UserBootstrap(None, f"made for test {', '.join(known)} only")
     if not pairs:
       return UserBootstrap(None, "no common seed")
     for run in (run for pair in pairs for run in pair):
@@ -69,7 +74,10 @@ class Samples:
     if None in [entry for pair in found for entry in pair]:
       reason = f"predictions.npz lacks {task[0]} or one of its classes"
       return UserBootstrap(None, reason)
-    if len({entry[0] for pair in found for entry in pair}) > 1:
+    rows = [{entry[0] for entry in pair} for pair in found]
+    # People of a trial are drawn by their rows: folds are drawn each by itself.
+    rows = rows if task == [TRIAL] else [set.union(*rows)]
+    if max(map(len, rows)) > 1:
       return UserBootstrap(None, "predictions are not of the same rows")
     (value_a, value_b), (samples_a, samples_b) = (
       [np.array([pair[side][i] for pair in found]) for side in (0, 1)]
@@ -87,6 +95,8 @@ class Samples:
     return self._found[key]
 
   def _draw(self, run, task, name):
+    if task == TRIAL:
+      return self._draw_trial(run, name)
     rows = _load(run.predictions, task)
     if rows is None:
       return None
@@ -95,15 +105,33 @@ class Samples:
       value, samples = self._resample(name, scores, labels, group)
     except ValueError as error:
       raise UserError(f"{run.predictions}: {task}: {error}") from error
-    stated = run.metrics[f"test/{task}/{name}"]
-    if not np.isclose(stated, value, rtol=0, atol=_TOLERANCE, equal_nan=True):
-      raise UserError(
-        f"{run.predictions}: {name} of {task} is {value:.4f}, but"
-        f" {stated:.4f} in result.json; evaluate the run anew"
-      )
+    _check_stated(run, task, name, value)
     digest = hashlib.sha256(labels.tobytes() + b"|" + str(group.dtype).encode())
     digest.update(np.ascontiguousarray(group).tobytes())
     return digest.digest(), value, samples
+
+  def _draw_trial(self, run, name):
+    """All metrics at once: one pass over the draws gives them."""
+    loaded = _load_trial(run.predictions)
+    if loaded is None:
+      return None
+    response, cost, rows = loaded
+    digest = hashlib.sha256()
+    for field in dataclasses.fields(rows):
+      digest.update(np.ascontiguousarray(getattr(rows, field.name)).tobytes())
+    values = trial.summarize(response, cost, rows)
+    samples = trial.resample(
+      response,
+      cost,
+      rows,
+      num_samples=self._num_samples,
+      seed=list(digest.digest()),
+    )
+    for metric, drawn in samples.items():
+      _check_stated(run, TRIAL, metric, values[metric])
+      found = (digest.digest(), values[metric], drawn)
+      self._found[run.predictions, TRIAL, metric] = found
+    return self._found[run.predictions, TRIAL, name]
 
   def _resample(self, name, scores, labels, group):
     if name == "auc":
@@ -128,18 +156,47 @@ class Samples:
     )
 
 
-def _load(path: pathlib.Path, task: str):
-  """Scores, labels and users of the rows with an outcome, or None."""
-  names = (f"{task}/score", f"{task}/label", "group")
+def _check_stated(run, task: str, name: str, value: float) -> None:
+  """Raises if the predictions are of another run than the result."""
+  stated = run.metrics[f"test/{task}/{name}"]
+  if not np.isclose(stated, value, rtol=0, atol=_TOLERANCE, equal_nan=True):
+    raise UserError(
+      f"{run.predictions}: {name} of {task} is {value:.4f}, but"
+      f" {stated:.4f} in result.json; evaluate the run anew"
+    )
+
+
+def _read(path: pathlib.Path, names) -> list[np.ndarray] | None:
+  """Arrays of an archive, or None if one is not there."""
   try:
     with np.load(path, allow_pickle=False) as file:
       if any(name not in file for name in names):
         return None
-      scores, labels, group = (file[name] for name in names)
+      return [file[name] for name in names]
   except (ValueError, OSError, EOFError, KeyError) as error:
     raise UserError(
       f"{path}: not a NumPy archive ({error}); evaluate anew"
     ) from error
+
+
+def _load_trial(path: pathlib.Path):
+  """Predicted response and cost, and what was drawn and seen; or None."""
+  names = ("response", "cost", "treatment", "seen_response", "seen_cost")
+  names += ("propensity", "cluster")
+  arrays = _read(path, [f"{TRIAL}/{name}" for name in names])
+  if arrays is None:
+    return None
+  response, cost, *seen = arrays
+  return response, cost, TrialRows(*seen)
+
+
+def _load(path: pathlib.Path, task: str):
+  """Scores, labels and users of the rows with an outcome, or None."""
+  names = (f"{task}/score", f"{task}/label", "group")
+  arrays = _read(path, names)
+  if arrays is None:
+    return None
+  scores, labels, group = arrays
   if not scores.shape == labels.shape == group.shape or scores.ndim != 1:
     raise UserError(
       f"{path}: {names} must be vectors of one length, got"

@@ -141,6 +141,8 @@ class Split:
     valid: Share of validation rows, in (0, 1).
     test: Share of test rows, in (0, 1).
     seed: Seed of a random split.
+    fold: Of a random split: which rows are the test part. Where `test` is a
+      fifth, folds 0 to 4 hold every row once; so for any such share.
   """
 
   by: str = "random"
@@ -148,6 +150,7 @@ class Split:
   valid: float = 0.1
   test: float = 0.1
   seed: int = 0
+  fold: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,6 +456,12 @@ def _check(schema: Schema, where: str):
   if not 0 <= split.seed < 2**63:
     raise UserError(
       f"{where}: split: seed must be from 0 to {2**63 - 1}, got {split.seed}"
+    )
+  folds = max(1, round(1 / split.test)) if split.test > 0 else 1
+  if not 0 <= split.fold < (folds if split.by == "random" else 1):
+    raise UserError(
+      f"{where}: split: fold must be from 0 to {folds - 1} for a random split "
+      f"with test {split.test}, and 0 for others, got {split.fold}"
     )
   if split.by in ("time", "column") and split.column is None:
     raise UserError(f'{where}: split by {split.by} needs "column"')

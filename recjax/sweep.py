@@ -89,6 +89,9 @@ class Sweep:
     metric: Of the validation part; picks checkpoint and trial.
     tuning_seed: Seed of the trials, and of the draws of a random search.
     seeds: Of the runs of the table.
+    seed_words: Words that take the seed of a run too: with `data.seed` every
+      seed draws planted data anew, with `data.fold` it is tested on a fold of
+      its own.
     table_metrics: Columns of the table.
     control: Folder of results, beside this table's, in which the same models
       met data without the planted structure.
@@ -105,6 +108,7 @@ class Sweep:
   metric: str = "valid/click/auc"
   tuning_seed: int = 0
   seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+  seed_words: tuple[str, ...] = ()
   table_metrics: tuple[str, ...] = (
     "test/click/auc",
     "test/click/gauc",
@@ -150,6 +154,7 @@ def run_config(
   sweep: Sweep, model: Model, words: Mapping[str, Any], seed: int
 ) -> dict[str, Any]:
   """The config of one run of a model."""
+  words = {**words, **dict.fromkeys(sweep.seed_words, seed)}
   config = with_words(model.config, words)
   config |= {"label": model.label, "seed": seed}
   config["train"] = {**config.get("train", {}), "monitor": sweep.metric}
@@ -320,7 +325,7 @@ def _in_words(sizes: list[float]) -> str:
 def _check_model(model: Model, sweep: Sweep) -> None:
   """Builds every setting that will be run, so that none fails after hours."""
   for word in model.space:
-    if word in ("seed", "label", "train.monitor"):
+    if word in ("seed", "label", "train.monitor", *sweep.seed_words):
       raise UserError(f"{word} is set by the sweep; leave it out of the space")
   trials = trial_words(sweep, model) or [{}]
   for words, rung in itertools.product(trials, sweep.rungs):

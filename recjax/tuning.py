@@ -251,6 +251,8 @@ def _check_plan(path: pathlib.Path, plan: Sweep) -> None:
       "rungs": [dict(rung) for rung in plan.rungs],
       "metric": plan.metric,
       "tuning_seed": plan.tuning_seed,
+      # Only where there are any: folders of before know of none.
+      **({"seed_words": plan.seed_words} if plan.seed_words else {}),
     },
     # The trials themselves: their order is that of the words of the space.
     "models": {
@@ -332,6 +334,7 @@ def _publish(plan, workdir, results, trials, chosen, diverged):
       "metric": plan.metric,
       "tuning_seed": plan.tuning_seed,
       "seeds": list(plan.seeds),
+      "seed_words": list(plan.seed_words),
       "models": models,
     },
   )

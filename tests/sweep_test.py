@@ -96,6 +96,15 @@ class PlanTest(parameterized.TestCase):
     )
     self.assertEqual(config["model"]["gain"], 2.0)
 
+  def test_words_may_take_the_seed_too(self):
+    some = plan(seed_words=("train.num_epochs",))
+    config = sweep.run_config(some, some.models[0], {"model.gain": 2.0}, 7)
+    self.assertEqual((config["seed"], config["train"]["num_epochs"]), (7, 7))
+    config = sweep.run_config(plan(), some.models[0], {}, 7)
+    self.assertEqual(config["train"]["num_epochs"], 2)
+    with self.assertRaisesRegex(UserError, "model.gain is set by the sweep"):
+      plan(seed_words=("model.gain",))
+
   def test_failed_trials_come_last_and_a_loss_is_better_when_small(self):
     scores = [[0.5], [None], [0.7], [math.nan], [0.5]]
     self.assertEqual(sweep.rank(scores, "valid/click/auc"), [2, 0, 4, 1, 3])

@@ -5,7 +5,9 @@
         --results=experiments/results/hillstrom_trial
 
 Expected outcome at six budgets and the area under the cost curve; the same
-optimiser, steps and network for all.
+optimiser, steps and network for all. Cross-fitted: seed k tests on the k-th
+fifth of the people, so that everybody is judged once, by a model that has not
+seen them; intervals are of a bootstrap over all of them.
 """
 
 from experiments.sweeps import common
@@ -16,6 +18,8 @@ from recjax.sweep import Sweep
 def get_sweep(dataset: str = "hillstrom") -> Sweep:
   """Every method once; no tuning beyond the choice of the checkpoint."""
   data = {"data": {"name": dataset}}
+  # About twenty passes over the training part.
+  data |= {"train.num_train_steps": 200, "train.eval_every_steps": 20}
 
   def model(label, recipe, **words):
     words = {f"model.{key}": value for key, value in words.items()}
@@ -40,6 +44,7 @@ def get_sweep(dataset: str = "hillstrom") -> Sweep:
     ),
     baseline="two_stage_shared",
     num_trials=0,
+    seed_words=("data.fold",),
     metric="valid/trial/eom",
     table_metrics=(
       "test/trial/eom",

@@ -29,8 +29,6 @@ from recjax import losses
 from recjax.baselines import two_stage
 from recjax.batch import Batch
 from recjax.errors import UserError
-from recjax.layers.dropout import Dropout
-from recjax.layers.features import ConcatFeatures
 from recjax.layers.outcome_network import OutcomeNetwork
 from recjax.layers.outcomes import Units
 from recjax.schema import Schema, suggest
@@ -54,10 +52,7 @@ class Config(two_stage.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.learner != "shared":
-      raise UserError(
-        f"model.learner of cfrnet must be 'shared', got {self.learner!r}"
-      )
+    self.require_learner("shared", "cfrnet")
     if self.ipm not in IPMS:
       raise UserError(
         f"unknown model.ipm {self.ipm!r}" + suggest(self.ipm, IPMS)
@@ -85,12 +80,9 @@ class Model(nn.Module):
   ) -> tuple[dict[str, Array], dict[str, Any]]:
     config, units = self.config, Units.of(self.schema)
     dtype = jnp.dtype(config.dtype)
-    x = ConcatFeatures(self.schema, config.numeric_dim, dtype, name="inputs")(
-      batch, rows.get("embedding", {})
+    x = two_stage.trunk(
+      config, self.schema, batch, rows, config.mlp_dims, train=train
     )
-    for i, width in enumerate(config.mlp_dims):
-      x = nn.relu(nn.Dense(width, dtype=dtype, name=f"mlp_{i}")(x))
-      x = Dropout(config.dropout_rate, deterministic=not train)(x)
     raw = OutcomeNetwork(
       learner="t",
       num_treatments=self.schema.trial.num_treatments,

@@ -30,7 +30,6 @@ from recjax.baselines import two_stage
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers.dropout import Dropout
-from recjax.layers.features import ConcatFeatures
 from recjax.layers.outcomes import Units
 from recjax.layers.per_token import KERNEL_INIT
 from recjax.schema import Schema
@@ -48,10 +47,7 @@ class Config(two_stage.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.learner != "shared":
-      raise UserError(
-        f"model.learner of drnet must be 'shared', got {self.learner!r}"
-      )
+    self.require_learner("shared", "drnet")
     if self.num_strata < 1:
       raise UserError(
         f"model.num_strata must be at least 1, got {self.num_strata}"
@@ -70,12 +66,9 @@ class Model(nn.Module):
   ) -> tuple[dict[str, Array], dict[str, Any]]:
     config, units = self.config, Units.of(self.schema)
     dtype = jnp.dtype(config.dtype)
-    x = ConcatFeatures(self.schema, config.numeric_dim, dtype, name="inputs")(
-      batch, rows.get("embedding", {})
+    x = two_stage.trunk(
+      config, self.schema, batch, rows, config.mlp_dims, train=train
     )
-    for i, width in enumerate(config.mlp_dims):
-      x = nn.relu(nn.Dense(width, dtype=dtype, name=f"mlp_{i}")(x))
-      x = Dropout(config.dropout_rate, deterministic=not train)(x)
     dosage = dosages(self.schema.trial.num_treatments)
     x = jnp.broadcast_to(x[None], (len(dosage), *x.shape))
     for i, width in enumerate(config.head_dims):

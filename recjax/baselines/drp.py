@@ -43,8 +43,6 @@ from recjax.baselines import two_stage
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import outcomes
-from recjax.layers.dropout import Dropout
-from recjax.layers.features import ConcatFeatures
 from recjax.layers.outcomes import Units
 from recjax.schema import Schema
 
@@ -62,10 +60,7 @@ class Config(two_stage.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.learner != "shared":
-      raise UserError(
-        f"model.learner of drp must be 'shared', got {self.learner!r}"
-      )
+    self.require_learner("shared", "drp")
     if not 0 < self.max_ratio < float("inf"):
       raise UserError(
         f"model.max_ratio must be above 0 and finite, got {self.max_ratio}"
@@ -83,14 +78,15 @@ class Model(nn.Module):
     self, batch: Batch, rows: dict[str, dict[str, Array]], *, train: bool
   ) -> tuple[dict[str, Array], dict[str, Any]]:
     config, units = self.config, Units.of(self.schema)
-    dtype = jnp.dtype(config.dtype)
     num = self.schema.trial.num_treatments
-    x = ConcatFeatures(self.schema, config.numeric_dim, dtype, name="inputs")(
-      batch, rows.get("embedding", {})
+    x = two_stage.trunk(
+      config,
+      self.schema,
+      batch,
+      rows,
+      (*config.mlp_dims, *config.head_dims),
+      train=train,
     )
-    for i, width in enumerate((*config.mlp_dims, *config.head_dims)):
-      x = nn.relu(nn.Dense(width, dtype=dtype, name=f"mlp_{i}")(x))
-      x = Dropout(config.dropout_rate, deterministic=not train)(x)
 
     def head(width, name):
       return nn.Dense(width, dtype=jnp.float32, name=name)(x)

@@ -36,7 +36,6 @@ from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import outcomes, policy_gradients
 from recjax.layers.dropout import Dropout
-from recjax.layers.features import ConcatFeatures
 from recjax.layers.outcome_network import OutcomeNetwork
 from recjax.layers.outcomes import Units
 from recjax.schema import Schema
@@ -62,10 +61,7 @@ class Config(two_stage.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.learner != "monotone":
-      raise UserError(
-        f"model.learner of e3ir must be 'monotone', got {self.learner!r}"
-      )
+    self.require_learner("monotone", "e3ir")
     for name in ("alpha", "beta"):
       if not 0 <= getattr(self, name) < float("inf"):
         raise UserError(
@@ -95,9 +91,7 @@ class Model(nn.Module):
   ) -> tuple[dict[str, Array], dict[str, Any]]:
     config, units = self.config, Units.of(self.schema)
     dtype = jnp.dtype(config.dtype)
-    x = ConcatFeatures(self.schema, config.numeric_dim, dtype, name="inputs")(
-      batch, rows.get("embedding", {})
-    )
+    x = two_stage.inputs(config, self.schema, batch, rows)
     smoothness = jnp.float32(1.0)
     for i, width in enumerate(config.mlp_dims):
       x, bound = LipschitzDense(width, dtype, name=f"mlp_{i}")(x)

@@ -22,13 +22,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from recjax import config as config_lib
 from recjax import losses
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import outcomes
+from recjax.layers.dropout import Dropout
 from recjax.layers.features import ConcatFeatures
 from recjax.layers.outcome_network import INCREMENTS, LEARNERS, OutcomeNetwork
 from recjax.layers.outcomes import Units
@@ -71,6 +72,13 @@ class Config:
           f"unknown model.{name} {value!r}" + suggest(value, known)
         )
 
+  def require_learner(self, learner: str, method: str) -> None:
+    """Raises a `UserError` where a method's network has another form."""
+    if self.learner != learner:
+      raise UserError(
+        f"model.learner of {method} must be {learner!r}, got {self.learner!r}"
+      )
+
 
 class Model(nn.Module):
   """Features side by side -> response and cost of every treatment."""
@@ -99,10 +107,6 @@ def predict(
     Predictions, and aux: the `raw` outcomes and their `units`.
   """
   units = Units.of(schema)
-  dtype = jnp.dtype(config.dtype)
-  x = ConcatFeatures(schema, config.numeric_dim, dtype, name="inputs")(
-    batch, rows.get("embedding", {})
-  )
   raw = OutcomeNetwork(
     learner=config.learner,
     num_treatments=schema.trial.num_treatments,
@@ -111,10 +115,41 @@ def predict(
     head_dims=config.head_dims,
     increment=config.increment,
     dropout_rate=config.dropout_rate,
-    dtype=dtype,
+    dtype=jnp.dtype(config.dtype),
     name="network",
-  )(x, train=train)
+  )(inputs(config, schema, batch, rows), train=train)
   return units.predictions(raw), {"raw": raw, "units": units}
+
+
+def inputs(
+  config: Config,
+  schema: Schema,
+  batch: Batch,
+  rows: dict[str, dict[str, Array]],
+) -> Float[Array, "batch dim"]:
+  """All features side by side, inside the model that calls it."""
+  dtype = jnp.dtype(config.dtype)
+  return ConcatFeatures(schema, config.numeric_dim, dtype, name="inputs")(
+    batch, rows.get("embedding", {})
+  )
+
+
+def trunk(
+  config: Config,
+  schema: Schema,
+  batch: Batch,
+  rows: dict[str, dict[str, Array]],
+  widths: tuple[int, ...],
+  *,
+  train: bool,
+) -> Float[Array, "batch width"]:
+  """The features through hidden layers, inside the model that calls it."""
+  x = inputs(config, schema, batch, rows)
+  for i, width in enumerate(widths):
+    dense = nn.Dense(width, dtype=jnp.dtype(config.dtype), name=f"mlp_{i}")
+    x = nn.relu(dense(x))
+    x = Dropout(config.dropout_rate, deterministic=not train)(x)
+  return x
 
 
 def tables(config: Config, schema: Schema) -> dict[str, Table]:

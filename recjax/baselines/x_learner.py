@@ -29,9 +29,7 @@ from jaxtyping import Array
 from recjax import losses
 from recjax.baselines import two_stage
 from recjax.batch import Batch
-from recjax.errors import UserError
 from recjax.layers import outcomes
-from recjax.layers.features import ConcatFeatures
 from recjax.layers.outcome_network import OutcomeNetwork
 from recjax.layers.outcomes import Units
 from recjax.schema import Schema
@@ -46,11 +44,7 @@ class Config(two_stage.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.learner != "t":
-      raise UserError(
-        "model.learner of x_learner must be 't', a network a treatment; got "
-        f"{self.learner!r}"
-      )
+    self.require_learner("t", "x_learner")
 
 
 class Model(nn.Module):
@@ -65,9 +59,7 @@ class Model(nn.Module):
   ) -> tuple[dict[str, Array], dict[str, Any]]:
     config, trial, units = self.config, self.schema.trial, Units.of(self.schema)
     dtype, count = jnp.dtype(config.dtype), trial.num_treatments
-    x = ConcatFeatures(self.schema, config.numeric_dim, dtype, name="inputs")(
-      batch, rows.get("embedding", {})
-    )
+    x = two_stage.inputs(config, self.schema, batch, rows)
 
     def network(name, num_treatments):
       return OutcomeNetwork(

@@ -39,12 +39,14 @@ class Config:
     response: `spend` (dollars), `visit` or `conversion`.
     mail_cost: Dollars a mail.
     split_seed: Of the random split.
+    fold: Which fifth of the rows is the test part, from 0 to 4.
   """
 
   path: str = ""
   response: str = "spend"
   mail_cost: float = 0.10
   split_seed: int = 0
+  fold: int = 0
 
   def __post_init__(self):
     if self.response not in RESPONSES:
@@ -88,5 +90,5 @@ def schema(config: Config) -> dict[str, object]:
       "response": config.response,
       "arm_cost": {none: 0.0} | dict.fromkeys(mails, config.mail_cost),
     },
-    "split": trial_source.random_split(config.split_seed),
+    "split": trial_source.random_split(config.split_seed, config.fold),
   }

@@ -71,11 +71,13 @@ class Config:
       bundled copy.
     response: `amount` (dollars) or `gave`.
     split_seed: Of the random split.
+    fold: Which fifth of the rows is the test part, from 0 to 4.
   """
 
   path: str = ""
   response: str = "amount"
   split_seed: int = 0
+  fold: int = 0
 
   def __post_init__(self):
     if self.response not in RESPONSES:
@@ -134,5 +136,5 @@ def _schema(config: Config, columns) -> dict[str, object]:
       "response": config.response,
       "cost": "match",
     },
-    "split": trial_source.random_split(config.split_seed),
+    "split": trial_source.random_split(config.split_seed, config.fold),
   }

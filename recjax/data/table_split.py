@@ -66,7 +66,7 @@ def _by_column(rows: Rows, column: str):
 def _by_hash(rows: Rows, split: Split):
   numbers = rows.first_in_table + np.arange(len(rows), dtype=np.uint64)
   seed = mix(np.array([split.seed], np.int64).view(np.uint64))
-  uniform = mix(numbers ^ seed) / 2.0**64
+  uniform = (mix(numbers ^ seed) / 2.0**64 + split.fold * split.test) % 1.0
   bounds = np.array([1 - split.valid - split.test, 1 - split.test])
   return np.searchsorted(bounds, uniform, side="right")
 

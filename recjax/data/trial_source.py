@@ -97,6 +97,10 @@ def check_columns(path, found: Iterable[str], needed: Iterable[str]) -> None:
     )
 
 
-def random_split(seed: int) -> dict[str, Any]:
-  """Three fifths for training, a fifth each for validation and test."""
-  return {"by": "random", "valid": 0.2, "test": 0.2, "seed": seed}
+def random_split(seed: int, fold: int = 0) -> dict[str, Any]:
+  """Three fifths for training, a fifth each for validation and test.
+
+  Folds 0 to 4 test every row once.
+  """
+  split = {"by": "random", "valid": 0.2, "test": 0.2, "seed": seed}
+  return split | {"fold": fold}

@@ -71,35 +71,80 @@ def cost_curve(
   if spend not in ("observed", "predicted"):
     raise ValueError(f"unknown spend {spend!r}; use 'observed' or 'predicted'")
   check_propensity(propensity)
-  gain = predicted_response - predicted_response[:, :1]
-  extra = np.maximum(predicted_cost - predicted_cost[:, :1], 0).astype(float)
-  start, steps = _steps(gain.astype(float), extra)
+  path = PricePath(predicted_response, predicted_cost)
   weight = 1 / propensity.astype(np.float64)
-  before, after, person, ratio = steps
-  order = np.argsort(-ratio, kind="stable")
-  before, after, person, ratio = (
-    x[order] for x in (before, after, person, ratio)
-  )
-  ends = np.flatnonzero(np.append(ratio[1:] != ratio[:-1], True)[: len(ratio)])
-
-  def along(seen):
-    """Sum of weighted outcomes at the start and after each price."""
-    seen = weight * seen
-    first = seen[treatment == start].sum()
-    own, now = treatment[person], seen[person]
-    change = np.cumsum(now * ((own == after).astype(int) - (own == before)))
-    return first + np.append(0.0, change[ends])
-
-  count = along(np.ones(len(treatment))) if normalize else len(treatment)
-  with np.errstate(invalid="ignore", divide="ignore"):
-    value = along(response) / count
-    spent = along(cost) / count
+  curve = path.curve(treatment, response, cost, weight, normalize=normalize)
   if spend == "predicted":
-    people = np.arange(len(start))
-    more = np.cumsum(extra[person, after] - extra[person, before])
-    first = extra[people, start].sum()
-    spent = (first + np.append(0.0, more[ends])) / len(start)
-  return CostCurve(spent, value, np.append(np.inf, ratio[ends]))
+    curve = curve._replace(spend=path.predicted_spend())
+  return curve
+
+
+class PricePath:
+  """What everybody takes as the price of money falls, sorted once.
+
+  For several curves of one model's predictions, as a bootstrap needs them; one
+  is `cost_curve`, which says what the arguments are.
+  """
+
+  def __init__(
+    self,
+    predicted_response: Float[np.ndarray, "people treatments"],
+    predicted_cost: Float[np.ndarray, "people treatments"],
+  ):
+    gain = predicted_response - predicted_response[:, :1]
+    extra = np.maximum(predicted_cost - predicted_cost[:, :1], 0).astype(float)
+    self._start, steps = _steps(gain.astype(float), extra)
+    order = np.argsort(-steps[3], kind="stable")
+    self._before, self._after, self._person, ratio = (x[order] for x in steps)
+    is_last = np.append(ratio[1:] != ratio[:-1], True)[: len(ratio)]
+    self._ends = np.flatnonzero(is_last)
+    self._multiplier = np.append(np.inf, ratio[self._ends])
+    self._extra = extra
+
+  def curve(
+    self,
+    treatment: Integer[np.ndarray, " people"],
+    response: Real[np.ndarray, " people"],
+    cost: Real[np.ndarray, " people"],
+    weight: Float[np.ndarray, " people"],
+    *,
+    normalize: bool = True,
+  ) -> CostCurve:
+    """The curve by a trial whose people count by `weight`."""
+    own, starts = treatment[self._person], treatment == self._start
+    # Whether a step makes the policy name what the person got, or no more.
+    match = (own == self._after).astype(np.int8) - (own == self._before)
+
+    def along(seen):
+      return self._along(seen[starts].sum(), seen[self._person] * match)
+
+    count = along(weight) if normalize else len(treatment)
+    with np.errstate(invalid="ignore", divide="ignore"):
+      value = along(weight * response) / count
+      spent = along(weight * cost) / count
+    return CostCurve(spent, value, self._multiplier)
+
+  def known_curve(
+    self,
+    response: Real[np.ndarray, "people treatments"],
+    cost: Real[np.ndarray, "people treatments"],
+  ) -> CostCurve:
+    """The curve where the outcome of every treatment is known."""
+    value, spent = self._mean(response), self._mean(cost)
+    return CostCurve(spent, value, self._multiplier)
+
+  def predicted_spend(self) -> Float[np.ndarray, " points"]:
+    """Mean cost a person at each point, as predicted."""
+    return self._mean(self._extra)
+
+  def _mean(self, table):
+    person, people = self._person, np.arange(len(table))
+    change = table[person, self._after] - table[person, self._before]
+    return self._along(table[people, self._start].sum(), change) / len(table)
+
+  def _along(self, first, change):
+    """A sum at the start and after each price, from its changes by step."""
+    return first + np.append(0.0, np.cumsum(change)[self._ends])
 
 
 def value_at_budget(

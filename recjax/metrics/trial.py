@@ -18,7 +18,9 @@ from recjax.batch import TrialRows
 from recjax.metrics import cost_curve, uplift
 
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75, 0.9)
-_STEPS = 40
+_NAMES = tuple(f"@{round(100 * share)}" for share in SHARES)
+# What `resample` gives: all that a bootstrap over people can say.
+RESAMPLED = ("eom", *(f"eom{name}" for name in _NAMES), "cost_curve_area")
 
 
 def summarize(
@@ -53,13 +55,12 @@ def summarize(
   """
   response, cost = np.float64(response), np.float64(cost)
   weight = 1.0 / np.float64(trial.propensity)
-  names = [f"@{round(100 * share)}" for share in SHARES]
   budgets = trial_budgets(trial, response.shape[1])
   seen = (trial.treatment, trial.response, trial.cost, trial.propensity)
   curve = cost_curve.cost_curve(response, cost, *seen)
   earned = cost_curve.value_at_budget(curve, budgets)
   values = {"eom": float(earned.mean())}
-  values |= {f"eom{n}": float(v) for n, v in zip(names, earned, strict=True)}
+  values |= {f"eom{n}": float(v) for n, v in zip(_NAMES, earned, strict=True)}
   values["cost_curve_area"] = cost_curve.cost_curve_area(curve)
   if response.shape[1] == 2:
     added = np.diff(response, axis=1)[:, 0], np.diff(cost, axis=1)[:, 0]
@@ -75,23 +76,59 @@ def summarize(
     error = np.sum(weight * (own - seen) ** 2) / np.sum(weight)
     values[f"{label}_rmse"] = float(np.sqrt(error))
   if truth is not None:
-    shares = [
-      regret(response, cost, truth["response"], truth["cost"], share)
-      for share in SHARES
-    ]
-    values |= {f"regret{n}": v for n, v in zip(names, shares, strict=True)}
-    values["regret"] = float(np.mean(shares))
+    missed = regret(response, cost, truth["response"], truth["cost"])
+    names = [f"regret{name}" for name in _NAMES]
+    values |= dict(zip(names, map(float, missed), strict=True))
+    values["regret"] = float(missed.mean())
   return values
+
+
+def resample(
+  response: Float[np.ndarray, "people treatments"],
+  cost: Float[np.ndarray, "people treatments"],
+  trial: TrialRows,
+  *,
+  num_samples: int,
+  seed: int | list[int] = 0,
+) -> dict[str, Float[np.ndarray, " num_samples"]]:
+  """The metrics of `RESAMPLED` with the units of the trial drawn anew.
+
+  Units are drawn with their people; budgets are those of the trial itself.
+  One seed gives the same draws to all predictions.
+
+  Args:
+    response: Predicted response.
+    cost: Predicted cost.
+    trial: What was drawn and seen; `cluster` names the units.
+    num_samples: Draws.
+    seed: Of the draws.
+
+  Returns:
+    Name -> its value in each draw.
+  """
+  path = cost_curve.PricePath(np.float64(response), np.float64(cost))
+  budgets = trial_budgets(trial, response.shape[1])
+  weight = 1.0 / np.float64(trial.propensity)
+  seen = trial.treatment, np.float64(trial.response), np.float64(trial.cost)
+  units, unit = np.unique(trial.cluster, return_inverse=True)
+  rng = np.random.default_rng(seed)
+  rows = []
+  for _ in range(num_samples):
+    drawn = rng.integers(len(units), size=len(units))
+    times = np.bincount(drawn, minlength=len(units))[unit]
+    curve = path.curve(*seen, times * weight)
+    # Before anybody counts there is no value.
+    known = np.isfinite(curve.value)
+    curve = cost_curve.CostCurve(*(points[known] for points in curve))
+    earned = cost_curve.value_at_budget(curve, budgets)
+    rows.append([earned.mean(), *earned, cost_curve.cost_curve_area(curve)])
+  return dict(zip(RESAMPLED, np.array(rows).T, strict=True))
 
 
 def metric_names(has_truth: bool = False) -> list[str]:
   """Names that `summarize` gives."""
   kinds = ["eom", "regret"] if has_truth else ["eom"]
-  names = [
-    f"{kind}{suffix}"
-    for kind in kinds
-    for suffix in ("", *(f"@{round(100 * share)}" for share in SHARES))
-  ]
+  names = [f"{kind}{suffix}" for kind in kinds for suffix in ("", *_NAMES)]
   return [*names, "cost_curve_area", "aucc", "response_rmse", "cost_rmse"]
 
 
@@ -111,52 +148,23 @@ def regret(
   cost: Float[np.ndarray, "people treatments"],
   true_response: Float[np.ndarray, "people treatments"],
   true_cost: Float[np.ndarray, "people treatments"],
-  share: float,
-) -> float:
-  """Share of the attainable gain that a policy of these predictions misses.
+) -> Float[np.ndarray, " budgets"]:
+  """Share of the attainable gain that policies of these predictions miss.
 
-  Both policies spend the same budget by the true costs.
+  One entry a budget of `SHARES`. Both policies spend it by the true costs, to
+  the last price before they would spend more.
   """
   means = true_cost.mean(axis=0)
-  budget = means.min() + share * (means.max() - means.min())
-  rows = np.arange(len(true_cost))
+  budgets = means.min() + np.asarray(SHARES) * (means.max() - means.min())
 
   def value(response, cost):
-    choice = policy_at_budget(
-      response, cost, budget, lambda c: true_cost[rows, c].mean()
-    )
-    return true_response[rows, choice].mean()
+    path = cost_curve.PricePath(response, cost)
+    curve = path.known_curve(true_response, true_cost)
+    reached = np.maximum.accumulate(curve.spend)
+    # One part in a billion: sums of the same costs differ in their last bits.
+    end = np.searchsorted(reached, budgets * (1 + 1e-9), side="right")
+    return curve.value[np.maximum(end - 1, 0)]
 
   best = value(true_response, true_cost)
   none = true_response[:, 0].mean()
-  return float((best - value(response, cost)) / (best - none))
-
-
-def policy_at_budget(response, cost, budget: float, spend):
-  """Choices at the least multiplier at which `spend(choices)` fits."""
-
-  def choose(multiplier):
-    return np.argmax(response - multiplier * cost, axis=1)
-
-  def fits(choice):
-    # One part in a billion: sums of the same costs differ in their last bits.
-    return not spend(choice) > budget * (1 + 1e-9)
-
-  choice = choose(0.0)
-  if fits(choice):
-    return choice
-  low, high = 0.0, np.std(response) / max(np.std(cost), 1e-30) + 1e-30
-  choice = choose(high)
-  for _ in range(60):
-    if fits(choice):
-      break
-    low, high = high, 2.0 * high
-    choice = choose(high)
-  for _ in range(_STEPS):
-    middle = 0.5 * (low + high)
-    tried = choose(middle)
-    if fits(tried):
-      high, choice = middle, tried
-    else:
-      low = middle
-  return choice
+  return (best - value(response, cost)) / (best - none)

@@ -9,7 +9,9 @@ from recjax.errors import UserError
 
 
 class SplitTest(TableTestCase):
-  def split(self, times, valid=0.2, test=0.2, by="time", name="a.parquet"):
+  def split(
+    self, times, valid=0.2, test=0.2, by="time", name="a.parquet", fold=0
+  ):
     """Number of the part of each row; rows are told by their dense value."""
     count = len(times)
     columns = self.open(
@@ -17,7 +19,13 @@ class SplitTest(TableTestCase):
       {
         "features": {"x": {"kind": "dense"}},
         "labels": {"y": "binary"},
-        "split": {"by": by, "column": "t", "valid": valid, "test": test},
+        "split": {
+          "by": by,
+          "column": "t",
+          "valid": valid,
+          "test": test,
+          "fold": fold,
+        },
       },
       name,
     )
@@ -57,6 +65,20 @@ class SplitTest(TableTestCase):
     self.assertEqual(set(parts[days <= 2].tolist()) - {0, 1}, set())
     for day in (1, 2, 8, 9):
       self.assertLen(set(parts[days == day].tolist()), 1)
+
+  def test_folds_test_every_row_once(self):
+    folds = [
+      self.split(np.zeros(2000), 0.25, 0.25, "random", f"{k}.parquet", k)
+      for k in range(4)
+    ]
+    tested = np.stack(folds) == 2
+    np.testing.assert_array_equal(tested.sum(axis=0), 1)
+    np.testing.assert_allclose(tested.mean(axis=1), 0.25, atol=0.03)
+    # What is left is trained on but for the validation part.
+    self.assertBetween(np.mean(np.stack(folds) == 0), 0.48, 0.52)
+    for by, fold in (("random", 4), ("random", -1), ("time", 1)):
+      with self.assertRaisesRegex(UserError, "split: fold must be from 0 to 3"):
+        self.split(np.arange(20.0), 0.25, 0.25, by, "x.parquet", fold)
 
   def test_random_split_has_the_shares(self):
     columns = self.split(np.zeros(20_000), 0.1, 0.3, by="random")

@@ -5,6 +5,7 @@ from absl.testing import absltest
 
 from recjax.batch import TrialRows
 from recjax.data import synthetic_trial
+from recjax.metrics import cost_curve
 from recjax.metrics import trial as trial_metrics
 from recjax.metrics.uplift import eom
 
@@ -12,6 +13,36 @@ from recjax.metrics.uplift import eom
 def planted(world="misspecified", num_rows=4000, seed=0):
   config = synthetic_trial.Config(world, num_rows=num_rows, seed=seed)
   return synthetic_trial.draw(config, "train")
+
+
+def policy_at_budget(response, cost, budget: float, spend):
+  """Choices at the least multiplier at which `spend(choices)` fits."""
+
+  def choose(multiplier):
+    return np.argmax(response - multiplier * cost, axis=1)
+
+  def fits(choice):
+    # One part in a billion: sums of the same costs differ in their last bits.
+    return not spend(choice) > budget * (1 + 1e-9)
+
+  choice = choose(0.0)
+  if fits(choice):
+    return choice
+  low, high = 0.0, np.std(response) / max(np.std(cost), 1e-30) + 1e-30
+  choice = choose(high)
+  for _ in range(60):
+    if fits(choice):
+      break
+    low, high = high, 2.0 * high
+    choice = choose(high)
+  for _ in range(40):
+    middle = 0.5 * (low + high)
+    tried = choose(middle)
+    if fits(tried):
+      high, choice = middle, tried
+    else:
+      low = middle
+  return choice
 
 
 class TrialTest(absltest.TestCase):
@@ -55,7 +86,8 @@ class TrialTest(absltest.TestCase):
 
     none = r[:, 0].mean()
     expected = (value(r) - value(predicted)) / (value(r) - none)
-    actual = trial_metrics.regret(predicted, c, r, c, 0.45)
+    actual = trial_metrics.regret(predicted, c, r, c)
+    actual = actual[trial_metrics.SHARES.index(0.45)]
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
   def test_expected_outcomes_are_those_of_the_policy_at_the_budget(self):
@@ -65,7 +97,7 @@ class TrialTest(absltest.TestCase):
     values = trial_metrics.summarize(response, truth["cost"], trial)
     budgets = trial_metrics.trial_budgets(trial, 4)
     for share, budget in zip(trial_metrics.SHARES, budgets, strict=True):
-      choice = trial_metrics.policy_at_budget(
+      choice = policy_at_budget(
         response,
         truth["cost"],
         budget,
@@ -96,6 +128,34 @@ class TrialTest(absltest.TestCase):
     self.assertGreater(trial_metrics.summarize(*tables, rows)["aucc"], 0.6)
     reverse = trial_metrics.summarize(-tables[0], tables[1], rows)
     self.assertLess(reverse["aucc"], 0.4)
+
+  def test_draws_are_those_of_people_written_as_often_as_drawn(self):
+    _, trial, truth = planted(num_rows=400)
+    trial = trial.replace(cluster=trial.cluster // 2)
+    rng = np.random.default_rng(0)
+    response = truth["response"] + rng.normal(size=truth["response"].shape)
+    found = trial_metrics.resample(
+      response, truth["cost"], trial, num_samples=3, seed=5
+    )
+    self.assertEqual(tuple(found), trial_metrics.RESAMPLED)
+    budgets = trial_metrics.trial_budgets(trial, 4)
+    units, draws = np.unique(trial.cluster), np.random.default_rng(5)
+    for i in range(3):
+      drawn = draws.choice(len(units), len(units))
+      rows = np.concatenate(
+        [np.flatnonzero(trial.cluster == units[unit]) for unit in drawn]
+      )
+      curve = cost_curve.cost_curve(
+        response[rows],
+        truth["cost"][rows],
+        trial.treatment[rows],
+        trial.response[rows],
+        trial.cost[rows],
+        trial.propensity[rows],
+      )
+      earned = cost_curve.value_at_budget(curve, budgets)
+      expected = [earned.mean(), *earned, cost_curve.cost_curve_area(curve)]
+      np.testing.assert_allclose([v[i] for v in found.values()], expected)
 
   def test_names_are_those_that_are_measured(self):
     _, trial, truth = planted(num_rows=500)

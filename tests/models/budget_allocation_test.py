@@ -91,7 +91,7 @@ class BudgetAllocationTest(parameterized.TestCase):
       gain = outcomes.gains(batch, 0.5, units)
       s = np.float64(scores)[:55]
       spread = np.sqrt(((s - s.mean(1, keepdims=True)) ** 2).mean())
-      tau = 0.3 * spread * np.sqrt(6) / np.pi
+      tau = method.config.smoothing * spread * np.sqrt(6) / np.pi
       e = np.exp((s - s.max(1, keepdims=True)) / tau)
       p = e / e.sum(1, keepdims=True)
       t = np.asarray(batch.trial.treatment)[:55]

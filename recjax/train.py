@@ -30,6 +30,7 @@ from recjax import monitor, parallel, run_files, train_state
 from recjax import optimizer as optimizer_lib
 from recjax.checkpoint import Checkpoints
 from recjax.data import text
+from recjax.data.columns import Columns
 from recjax.data.length_buckets import LengthBuckets, masked_share
 from recjax.data.pipeline import make_loader, open_dataset
 from recjax.errors import DivergedError, UserError
@@ -143,10 +144,11 @@ class Trainer:
     run_files.check_workdir(self.workdir, self.config)
     # Before the data, which may take minutes to prepare.
     method_lib.load_config(self.config["model_name"], self.config["model"])
-    self.columns = open_dataset(self.config["data"])
+    self.columns = self._open_data()
     self.method = method_lib.load(
       self.config["model_name"], self.config["model"], self.columns.schema
     )
+    self.stages = self.method.stages
     self.seed = self.config["seed"]
     self.monitor = monitor.resolve(self.train.monitor, self.method)
     # Not before all else is right: a mistake must not take the workdir.
@@ -172,7 +174,7 @@ class Trainer:
           )
           if not self.history.stage_done:
             return None
-          if self.history.stage + 1 == len(self.method.stages):
+          if self.history.stage + 1 == len(self.stages):
             return self._finish(state, checkpoints, writer)
           state = self._next_stage(state, checkpoints)
 
@@ -200,11 +202,19 @@ class Trainer:
       functools.partial(train_state.init_state, config=self._step_config()),
       jax.random.key(self.seed),
     )
-    if record is not None:
-      state = self._restore(checkpoints, step, state)
-      loader.set_state(record["loader"])
-      logging.info("Continuing %s from step %d.", self.workdir, step)
+    if record is None:
+      return self._warm_start(state), loader
+    state = self._restore(checkpoints, step, state)
+    loader.set_state(record["loader"])
+    logging.info("Continuing %s from step %d.", self.workdir, step)
     return state, loader
+
+  def _open_data(self) -> Columns:
+    return open_dataset(self.config["data"])
+
+  def _warm_start(self, state):
+    """What a run without a checkpoint of its own begins with."""
+    return state
 
   def _run_stage(self, state, loader, checkpoints, writer, terminated):
     """Trains one stage to its end, an early stop or a signal."""
@@ -388,8 +398,8 @@ class Trainer:
 
   def _step_config(self) -> train_state.StepConfig:
     """What a step of the current stage is made of."""
-    stages, history = self.method.stages, self.history
-    share = self._stage.share / sum(s.share for s in stages)
+    history = self.history
+    share = self._stage.share / sum(s.share for s in self.stages)
     return train_state.StepConfig(
       method=self.method,
       stage=self._stage,
@@ -411,7 +421,7 @@ class Trainer:
 
   @property
   def _stage(self) -> method_lib.Stage:
-    return self.method.stages[self.history.stage]
+    return self.stages[self.history.stage]
 
   @functools.cached_property
   def _steps_per_epoch(self) -> int:

@@ -61,6 +61,7 @@ GROUPS = (
     "recjax.workers",
     "recjax.export",
     "recjax.plan",
+    "recjax.progressive",
     "recjax.export_golden",
     "recjax.raw_rows",
     "recjax.scorer",

@@ -15,8 +15,8 @@ python -m experiments.run --config=experiments/configs/msn.py:base \\
 Of the claims, `memory_rules` is MSN's: thousands of rules to remember;
 `scenario_tasks` is MDL's: scenarios that shift what matters, tasks that
 conflict or help; `early_adopters` is PROMO's: users who tell the type of a
-new item. What a claim plants stands in its file under
-`recjax/data/claims/`.
+new item; `content` is LEMUR's: words whose meaning the labels alone tell. What
+a claim plants stands in its file under `recjax/data/claims/`.
 
 The rows are in the order of their time; the last tenth is the test part, the
 tenth before it validation. Beside the rows lies `best_scores.json`, what
@@ -33,6 +33,7 @@ from etils import epath
 from jaxtyping import Float
 
 from recjax.data.claims import (
+  content,
   early_adopters,
   memory_rules,
   scenario_tasks,
@@ -41,13 +42,14 @@ from recjax.data.claims.common import SHARE, Claim
 from recjax.data.columns import Block, ColumnWriter
 from recjax.data.vocabulary import save_values
 from recjax.errors import UserError
-from recjax.schema import SPLITS, suggest
+from recjax.schema import SPLITS, TOKENS, suggest
 
 VERSION = 2
 
 _BLOCK_ROWS = 1 << 16
 
 CLAIMS = {
+  "content": content.make,
   "early_adopters": early_adopters.make,
   "memory_rules": memory_rules.make,
   "scenario_tasks": scenario_tasks.make,
@@ -143,6 +145,8 @@ def prepare(config: Config, directory: epath.PathLike) -> None:
     writer.append(split, block)
   writer.finish(claim.schema)
   for name, size in claim.schema.vocab_sizes.items():
+    if name == TOKENS:  # They are of no text that could be tokenised.
+      continue
     save_values(directory, name, pa.array(np.arange(size - 1)))
   scores = json.dumps(best_scores(config), indent=1)
   (directory / "best_scores.json").write_text(scores)
@@ -214,7 +218,8 @@ def _generate(
   for part, (split, num) in enumerate(zip(SPLITS, num_rows, strict=True)):
     for start in range(0, num, _BLOCK_ROWS):
       rng = np.random.default_rng([config.seed, 1 + part, start])
-      block, logits = claim.draw(rng, min(_BLOCK_ROWS, num - start))
+      row = (sum(num_rows[:part]) + start,) if claim.drifts else ()
+      block, logits = claim.draw(rng, min(_BLOCK_ROWS, num - start), *row)
       labels = {
         label: (rng.random(len(v)) < 1 / (1 + np.exp(-v))).astype(np.float32)
         for label, v in logits.items()

@@ -22,16 +22,16 @@ class Claim:
       label -> the rows' logits. Must draw the same, control or not.
     list_values: List feature, or side of one -> all its values, which the
       blocks' `lists` are slices of.
+    drifts: Whether the law depends on time: `draw` then also takes the number
+      of the first row, counted over all parts.
   """
 
   schema: Schema
-  draw: Callable[
-    [np.random.Generator, int],
-    tuple[Block, dict[str, Float[np.ndarray, " rows"]]],
-  ]
+  draw: Callable[..., tuple[Block, dict[str, Float[np.ndarray, " rows"]]]]
   list_values: Mapping[str, Int[np.ndarray, " values"]] = dataclasses.field(
     default_factory=dict
   )
+  drifts: bool = False
 
 
 class Things:

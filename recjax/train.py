@@ -26,7 +26,7 @@ from absl import logging
 from recjax import config as config_lib
 from recjax import evaluate as evaluate_lib
 from recjax import method as method_lib
-from recjax import monitor, parallel, run_files, train_state
+from recjax import monitor, parallel, run_files, task_gradients, train_state
 from recjax import optimizer as optimizer_lib
 from recjax.checkpoint import Checkpoints
 from recjax.data import text
@@ -50,6 +50,8 @@ class Config:
     eval_every_steps: Steps between evaluations on the validation part; 0 for
       one an epoch. The last step always evaluates.
     log_every_steps: Steps between lines of training scalars.
+    log_task_gradients: Whether these hold, of the last batch, the norm of each
+      task's gradient and the cosine of each pair; see `task_gradients`.
     checkpoint_every_steps: Steps between checkpoints; 0 for one an evaluation.
     keep_checkpoints: How many of the newest to keep beside the best.
     monitor: The metric that the best checkpoint has the best value of; empty
@@ -70,6 +72,7 @@ class Config:
   num_train_steps: int = 0
   eval_every_steps: int = 0
   log_every_steps: int = 50
+  log_task_gradients: bool = False
   checkpoint_every_steps: int = 0
   keep_checkpoints: int = 2
   monitor: str = ""
@@ -147,6 +150,9 @@ class Trainer:
     self.method = method_lib.load(
       self.config["model_name"], self.config["model"], self.columns.schema
     )
+    self.task_gradients = None
+    if self.train.log_task_gradients:
+      self.task_gradients = task_gradients.compiled(self.method, self.placement)
     self.seed = self.config["seed"]
     self.monitor = monitor.resolve(self.train.monitor, self.method)
     # Not before all else is right: a mistake must not take the workdir.
@@ -227,7 +233,8 @@ class Trainer:
           pending = None
           self.speed.stop()
           shapes.add(shape)
-        state, scalars = run_step(state, self.placement.put_batch(batch))
+        placed = self.placement.put_batch(batch)
+        state, scalars = run_step(state, placed)
         step += 1
         # One step late, so that the device never waits for the host.
         self._take(pending, step - 1)
@@ -242,7 +249,7 @@ class Trainer:
         if at_save or _is_due(step, train.log_every_steps):
           self._take(pending, step)
           pending = None
-          self._log(writer, step)
+          self._log(writer, step, state, placed)
         if at_eval:
           self.speed.stop()
           value = self._validate(state, writer, step)
@@ -360,9 +367,13 @@ class Trainer:
     total, weight = self.history.window.get(name, (0.0, 0.0))
     return total / weight if weight else None
 
-  def _log(self, writer: Writer, step: int):
+  def _log(self, writer: Writer, step: int, state, placed):
     values = {f"train/{name}": self._mean(name) for name in self.history.window}
     values["train/examples_per_sec"] = self.speed.examples_per_sec
+    if self.task_gradients:
+      self.speed.stop()
+      found = self.task_gradients(state, placed)
+      values |= {f"train/{name}": value for name, value in found.items()}
     writer.write_scalars(
       step, {k: math.nan if v is None else v for k, v in values.items()}
     )

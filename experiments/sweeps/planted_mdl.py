@@ -42,6 +42,8 @@ def get_sweep(is_control: bool = False) -> Sweep:
       "control": is_control,
       "num_users": 512,
       "num_items": 512,
+      # So that the rare scenario has 200 test users of both classes.
+      "num_rows": 300_000,
     }
   }
   # The priors of the recipe are columns of another log.

@@ -4,19 +4,22 @@ Dense columns enter as they are, single ids as numbers (small vocabularies as
 categories), vectors by their entries, and sequences and sets by their length
 and, where events have times, the age of the last: trees have no embeddings.
 Trained on the training part, stopped early on the
-validation part, like the models. Needs LightGBM, which the `dev` extra brings.
+validation part, like the models. Every task has trees of its own; those of a
+real label fit its symlog by least squares. Needs LightGBM, which the `dev`
+extra brings.
 """
 
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import lightgbm
 import numpy as np
 
-from recjax import evaluate, run_files
+from recjax import evaluate, losses, run_files
 from recjax.batch import Batch
 from recjax.data.columns import Columns
 from recjax.data.pipeline import open_dataset
@@ -45,18 +48,18 @@ PARAMS = dict(
 def train_and_evaluate(
   config: Mapping[str, Any], workdir: str
 ) -> dict[str, Any]:
-  """Trains on the first task of a recipe and writes the files of a run.
+  """Trains on the tasks of a recipe and writes the files of a run.
 
   Args:
-    config: As of any run, of which data, first task, seed and label are used;
-      a block `trees` replaces entries of `PARAMS`.
+    config: As of any run, of which data, tasks, seed and label are used; a
+      block `trees` replaces entries of `PARAMS`.
     workdir: Folder of the run.
 
   Returns:
     What `result.json` holds.
 
   Raises:
-    UserError: For a mistake in config or data, or a label that is not binary.
+    UserError: For a mistake in config or data.
   """
   config = dict(config)
   params = {**PARAMS, **config.pop("trees", {})}
@@ -67,10 +70,10 @@ def train_and_evaluate(
       )
   config = run_files.check_blocks(config)
   workdir = pathlib.Path(workdir)
-  task, seed = config["model"]["tasks"][0], config["seed"]
+  tasks, seed = config["model"]["tasks"], config["seed"]
   columns = open_dataset(config["data"])
-  if columns.schema.label(task).kind != "binary":
-    raise UserError(f"label {task!r} is not binary; trees here classify only")
+  for task in tasks:
+    columns.schema.label(task)  # A mistake here, not after the training.
   run_files.claim_workdir(
     workdir,
     {
@@ -83,26 +86,35 @@ def train_and_evaluate(
   )
   if (result := run_files.read_result(workdir)) is not None:
     return result
-  parts = {split: _matrix(columns, split, task) for split in columns.num_rows}
+  parts = {split: _read(columns, split, tasks) for split in columns.num_rows}
   start = time.monotonic()
-  booster = _fit(columns, parts, dict(params, seed=seed, metric="auc"))
+  boosters = {
+    task: _fit(columns, parts, task, dict(params, seed=seed)) for task in tasks
+  }
   secs = time.monotonic() - start
-  return _write(workdir, booster, parts, columns, task, secs, config)
+  return _write(workdir, boosters, parts, columns, secs, config)
 
 
-def _fit(columns: Columns, parts, params: Mapping[str, Any]):
+def _fit(columns: Columns, parts, task: str, params: dict[str, Any]):
   names, categories = _columns(columns)
-  sets = {
-    split: lightgbm.Dataset(
-      parts[split]["x"],
-      parts[split]["y"],
+  params["metric"] = "auc"
+  if _is_real(columns, task):
+    params |= {"objective": "regression", "metric": "l2"}
+  sets = {}
+  for split in ("train", "valid"):
+    label = parts[split]["labels"][task]
+    seen = np.isfinite(label)
+    label = label[seen]
+    if _is_real(columns, task):
+      label = np.asarray(losses.symlog(jnp.asarray(label)))
+    sets[split] = lightgbm.Dataset(
+      parts[split]["x"][seen],
+      label,
       feature_name=names,
       categorical_feature=categories,
     )
-    for split in ("train", "valid")
-  }
   return lightgbm.train(
-    dict(params),
+    params,
     sets["train"],
     num_boost_round=2000,
     valid_sets=[sets["valid"]],
@@ -110,31 +122,19 @@ def _fit(columns: Columns, parts, params: Mapping[str, Any]):
   )
 
 
-def _write(workdir, booster, parts, columns, task, secs, config):
+def _write(workdir, boosters, parts, columns, secs, config):
   metrics = {}
   for split in ("valid", "test"):
-    part = parts[split]
-    logits = booster.predict(part["x"], raw_score=True)
-    values = summary.summarize(
-      logits, part["y"].astype(np.float64), groups=part["groups"]
-    )
-    for popularity in part["popularity"].values():
-      values |= slices.summarize_by_slice(
-        logits, part["y"], evaluate.item_slices(popularity)
-      )
-    metrics |= {f"{split}/{task}/{k}": v for k, v in values.items()}
-  np.savez_compressed(
-    workdir / "predictions.npz",
-    **{f"{task}/score": logits, f"{task}/label": part["y"]},
-    **{k: v for k, v in part["groups"].items() if k == "group"},
-  )
-  rounds = booster.current_iteration()
+    values, examples = _evaluate(boosters, parts[split], columns, split)
+    metrics |= values
+  np.savez_compressed(workdir / "predictions.npz", **examples)
+  rounds = sum(b.current_iteration() for b in boosters.values())
   result = {
     "model": config.get("label") or "lightgbm",
     "dataset": config["data"]["name"],
     "seed": config["seed"],
     "steps": rounds,
-    "best_step": booster.best_iteration,
+    "best_step": sum(b.best_iteration for b in boosters.values()),
     "metrics": metrics,
     "params": {"dense": None, "sparse": None, "active": None},
     "flops_per_example": None,
@@ -142,6 +142,44 @@ def _write(workdir, booster, parts, columns, task, secs, config):
   }
   write_json(workdir / "result.json", result)
   return result
+
+
+def _evaluate(boosters, part, columns: Columns, split: str):
+  """Metrics of all tasks by their names, and scores, labels and groups."""
+  metrics, examples, cells = {}, {}, {}
+  groups, real = part["groups"], set()
+  for task, booster in boosters.items():
+    label = part["labels"][task]
+    seen = np.isfinite(label)
+    known = np.where(seen, label, 0.0).astype(np.float64)
+    scores = booster.predict(part["x"], raw_score=True)
+    if _is_real(columns, task):
+      real.add(task)
+      scores = np.asarray(losses.symexp(jnp.asarray(scores)), np.float64)
+      values = summary.summarize_real(scores, known, mask=seen)
+    else:
+      values = summary.summarize(scores, known, mask=seen, groups=groups)
+      for popularity in part["popularity"].values():
+        values |= slices.summarize_by_slice(
+          scores, known, evaluate.item_slices(popularity), mask=seen
+        )
+    metrics |= {f"{split}/{task}/{k}": v for k, v in values.items()}
+    if columns.schema.roles.scenario is not None:
+      cells[task] = slices.summarize_by_scenario(
+        scores,
+        known,
+        part["scenario"],
+        mask=seen,
+        groups=groups,
+        is_real=task in real,
+      )
+    examples |= {f"{task}/score": scores, f"{task}/label": label}
+  metrics |= evaluate.scenario_means(cells, frozenset(real), split)
+  return metrics, examples | {k: v for k, v in groups.items() if k == "group"}
+
+
+def _is_real(columns: Columns, task: str) -> bool:
+  return columns.schema.label(task).kind == "real"
 
 
 def _columns(columns: Columns) -> tuple[list[str], list[str]]:
@@ -162,8 +200,8 @@ def _columns(columns: Columns) -> tuple[list[str], list[str]]:
   return names, categories
 
 
-def _matrix(columns: Columns, split: str, task: str) -> dict:
-  """Features, labels and groups of a split; rows without the label left out."""
+def _read(columns: Columns, split: str, tasks: Sequence[str]) -> dict:
+  """Features, labels (NaN where not known), groups and scenarios of a split."""
   schema, blocks = columns.schema, []
   for rows in np.array_split(
     np.arange(columns.num_rows[split]), columns.num_rows[split] // 65536 + 1
@@ -176,16 +214,18 @@ def _matrix(columns: Columns, split: str, task: str) -> dict:
     ages = [_last_age(batch, f.name) for f in schema.sequences if f.time]
     x = np.stack([*single, *lengths, *ages], axis=1).astype(np.float32)
     vectors = [batch.vectors[f.name] for f in schema.vector_features]
-    seen = batch.label_mask[task]
+    labels = {
+      task: np.where(batch.label_mask[task], batch.labels[task], np.nan)
+      for task in tasks
+    }
     blocks.append(
       {
-        "x": np.concatenate([batch.dense, x, *vectors], axis=1)[seen],
-        "y": batch.labels[task][seen],
-        "groups": {k: v[seen] for k, v in batch.groups.items()},
+        "x": np.concatenate([batch.dense, x, *vectors], axis=1),
+        "labels": labels,
+        "groups": dict(batch.groups),
+        "scenario": batch.scenario,
         "popularity": {
-          k: v[seen]
-          for k, v in batch.ids.items()
-          if k == schema.roles.popularity
+          k: v for k, v in batch.ids.items() if k == schema.roles.popularity
         },
       }
     )

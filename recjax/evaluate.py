@@ -155,7 +155,7 @@ def _evaluate_tasks(output, columns: Columns, split: str):
         is_real=task in real,
       )
     examples[task] = {"score": scores, "label": np.where(mask, labels, np.nan)}
-  metrics |= _scenario_means(cells, real, split)
+  metrics |= scenario_means(cells, real, split)
   if "group" in output["groups"]:
     examples["group"] = output["groups"]["group"]
   return metrics, examples, cells
@@ -174,6 +174,33 @@ def _evaluate_trial(output, columns: Columns, split: str):
   seen = dataclasses.asdict(rows)
   seen = {f"seen_{k}" if k in predictions else k: v for k, v in seen.items()}
   return metrics, {"trial": {**predictions, **seen}}, {}
+
+
+def scenario_means(
+  cells: Mapping[str, list[slices.Cell]], real: frozenset[str], split: str
+) -> dict[str, float]:
+  """Means over scenarios of each task, and over all binary tasks' cells.
+
+  Args:
+    cells: Those of each task.
+    real: The tasks with a real label.
+    split: Begins the names; of the test part there is the AUC of every cell.
+  """
+  metrics = {}
+  for task, own in cells.items():
+    if split == "test":
+      metrics |= {
+        f"{split}/{task}/scenario_{cell.scenario}/auc": cell.metrics["auc"]
+        for cell in own
+        if cell.is_counted and task not in real
+      }
+    values = slices.means(own, is_real=task in real)
+    metrics |= {f"{split}/{task}/{k}": v for k, v in values.items()}
+  binary = [c for task, own in cells.items() if task not in real for c in own]
+  if binary:
+    values = slices.means(binary)
+    metrics |= {f"{split}/{k}": v for k, v in values.items()}
+  return metrics
 
 
 def true_outcomes(columns: Columns, split: str):
@@ -224,7 +251,7 @@ def metric_names(method: Method, split: str) -> list[str]:
       for task, kind in kinds.items()
     }
     real = frozenset(task for task, kind in kinds.items() if kind == "real")
-    found += _scenario_means(cells, real, split)
+    found += scenario_means(cells, real, split)
   return found
 
 
@@ -270,27 +297,6 @@ def diagnostics(evaluation: Evaluation, method: Method) -> dict[str, Any]:
     for family, sums in families.items()
   }
   return found | ({"attention": attention} if attention else {})
-
-
-def _scenario_means(
-  cells: Mapping[str, list[slices.Cell]], real: frozenset[str], split: str
-) -> dict[str, float]:
-  """Means over scenarios of each task, and over all binary tasks' cells."""
-  metrics = {}
-  for task, own in cells.items():
-    if split == "test":
-      metrics |= {
-        f"{split}/{task}/scenario_{cell.scenario}/auc": cell.metrics["auc"]
-        for cell in own
-        if cell.is_counted and task not in real
-      }
-    values = slices.means(own, is_real=task in real)
-    metrics |= {f"{split}/{task}/{k}": v for k, v in values.items()}
-  binary = [c for task, own in cells.items() if task not in real for c in own]
-  if binary:
-    values = slices.means(binary)
-    metrics |= {f"{split}/{k}": v for k, v in values.items()}
-  return metrics
 
 
 def _outputs(

@@ -24,7 +24,7 @@ import numpy as np
 from recjax import config as config_lib
 from recjax import method, monitor, optimizer, parallel, run_files, train
 from recjax.errors import UserError
-from recjax.metrics import summary
+from recjax.metrics import slices, summary
 from recjax.metrics import trial as trial_metrics
 from recjax.schema import suggest
 
@@ -241,9 +241,18 @@ def _check_metric(metric: str, split: str, models: Sequence[Model]) -> None:
     *summary.summarize(pair, pair, groups=groups),
     *summary.summarize_real(pair, pair),
   ]
+  cells = slices.summarize_by_scenario(
+    pair, pair, np.zeros(2, np.int32), groups=groups
+  )
+  means = list(slices.means(cells)) + list(slices.means([], is_real=True))
+  # Whether the data has scenarios, and how many, is not known yet.
+  names += means
+  own = re.sub(r"/scenario_\d+/auc$", "/auc", metric)
+  metric = own if split == "test" else metric
   for model in models:
     tasks = model.config.get("model", {}).get("tasks", ())
     known = [f"{split}/{task}/{name}" for task in tasks for name in names]
+    known += [f"{split}/{name}" for name in means]
     if not tasks:
       trial = trial_metrics.metric_names(has_truth=True)
       known = [f"{split}/trial/{name}" for name in trial]

@@ -6,16 +6,20 @@ backward pass from the sum of the losses then gives the gradient of every task
 apart, and nothing below the copies is differentiated.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from recjax import parallel
 from recjax.batch import Batch
 from recjax.errors import UserError
 from recjax.layers import task_balance
 from recjax.losses import task_losses
-from recjax.method import Method
+from recjax.method import Method, empty_batch
 from recjax.train_state import TrainState
 
 
@@ -36,12 +40,7 @@ def gram(
     UserError: If the method shares nothing that it could hand out by task.
   """
   params, tables = state.eval_params, state.tables
-  shapes = method.perturbation_shapes(params, tables, batch)
-  if not shapes:
-    raise UserError(
-      f"model {method.name!r} hands no copy of a representation to each task; "
-      "use a method for several tasks, such as mdl or shared_bottom"
-    )
+  shapes = _copies(method, params, tables, batch)
   rows = method.read(tables, batch)
 
   def loss(perturbations):
@@ -59,6 +58,28 @@ def gram(
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   (copies,) = jax.tree.leaves(jax.grad(loss)(zeros))
   return task_balance.gram_matrix(copies)
+
+
+def compiled(
+  method: Method, placement: parallel.MeshPlacement | parallel.PmapPlacement
+) -> Callable[[TrainState, Batch], dict[str, float]]:
+  """`f(state, batch)`, the `norms_and_cosines` of a batch in its place.
+
+  Raises:
+    UserError: As `gram`, at once.
+  """
+  batch = empty_batch(method.schema, method.tasks)
+  jax.eval_shape(
+    lambda rng: _copies(method, *method.init(rng), batch) and None,
+    jax.random.key(0),
+  )
+  run = placement.compile_eval(functools.partial(gram, method=method))
+
+  def measure(state: TrainState, batch: Batch) -> dict[str, float]:
+    products = run(placement.eval_state(state), batch)
+    return norms_and_cosines(np.asarray(products), method.tasks)
+
+  return measure
 
 
 def norms_and_cosines(
@@ -91,3 +112,14 @@ def norms_and_cosines(
       cosine = products[i, j] / length if length > 0 else np.nan
       values[f"{task}/{tasks[j]}/gradient_cosine"] = float(cosine)
   return values
+
+
+def _copies(method: Method, params, tables, batch: Batch):
+  """Shapes of what is handed out to the tasks."""
+  shapes = method.perturbation_shapes(params, tables, batch)
+  if not shapes:
+    raise UserError(
+      f"model {method.name!r} hands no copy of a representation to each task; "
+      "use a method for several tasks, such as mdl or shared_bottom"
+    )
+  return shapes

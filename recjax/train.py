@@ -15,7 +15,6 @@ import math
 import pathlib
 import signal
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from absl import logging
 from recjax import config as config_lib
 from recjax import evaluate as evaluate_lib
 from recjax import method as method_lib
-from recjax import monitor, parallel, run_files, train_state
+from recjax import monitor, parallel, run_files, task_gradients, train_state
 from recjax import optimizer as optimizer_lib
 from recjax.checkpoint import Checkpoints
 from recjax.data import text
@@ -36,6 +35,7 @@ from recjax.data.pipeline import make_loader, open_dataset
 from recjax.errors import DivergedError, UserError
 from recjax.monitor import History
 from recjax.schema import suggest
+from recjax.speed import Speed
 from recjax.writer import METRICS_FILE, Progress, Writer, read_lines
 
 
@@ -51,6 +51,8 @@ class Config:
     eval_every_steps: Steps between evaluations on the validation part; 0 for
       one an epoch. The last step always evaluates.
     log_every_steps: Steps between lines of training scalars.
+    log_task_gradients: Whether these hold, of the last batch, the norm of each
+      task's gradient and the cosine of each pair; see `task_gradients`.
     checkpoint_every_steps: Steps between checkpoints; 0 for one an evaluation.
     keep_checkpoints: How many of the newest to keep beside the best.
     monitor: The metric that the best checkpoint has the best value of; empty
@@ -71,6 +73,7 @@ class Config:
   num_train_steps: int = 0
   eval_every_steps: int = 0
   log_every_steps: int = 50
+  log_task_gradients: bool = False
   checkpoint_every_steps: int = 0
   keep_checkpoints: int = 2
   monitor: str = ""
@@ -149,6 +152,9 @@ class Trainer:
       self.config["model_name"], self.config["model"], self.columns.schema
     )
     self.stages = self.method.stages
+    self.task_gradients = None
+    if self.train.log_task_gradients:
+      self.task_gradients = task_gradients.compiled(self.method, self.placement)
     self.seed = self.config["seed"]
     self.monitor = monitor.resolve(self.train.monitor, self.method)
     # Not before all else is right: a mistake must not take the workdir.
@@ -156,7 +162,7 @@ class Trainer:
     if jax.process_index() == 0:
       text.copy_tokenizer(self.columns.directory, self.workdir)
     self.history = History()
-    self.speed = _Speed()
+    self.speed = Speed()
 
   def run(self) -> dict[str, Any] | None:
     """Trains from the newest checkpoint, or the start, to the result."""
@@ -237,7 +243,8 @@ class Trainer:
           pending = None
           self.speed.stop()
           shapes.add(shape)
-        state, scalars = run_step(state, self.placement.put_batch(batch))
+        placed = self.placement.put_batch(batch)
+        state, scalars = run_step(state, placed)
         step += 1
         # One step late, so that the device never waits for the host.
         self._take(pending, step - 1)
@@ -252,7 +259,7 @@ class Trainer:
         if at_save or _is_due(step, train.log_every_steps):
           self._take(pending, step)
           pending = None
-          self._log(writer, step)
+          self._log(writer, step, state, placed)
         if at_eval:
           self.speed.stop()
           value = self._validate(state, writer, step)
@@ -370,9 +377,13 @@ class Trainer:
     total, weight = self.history.window.get(name, (0.0, 0.0))
     return total / weight if weight else None
 
-  def _log(self, writer: Writer, step: int):
+  def _log(self, writer: Writer, step: int, state, placed):
     values = {f"train/{name}": self._mean(name) for name in self.history.window}
     values["train/examples_per_sec"] = self.speed.examples_per_sec
+    if self.task_gradients:
+      self.speed.stop()
+      found = self.task_gradients(state, placed)
+      values |= {f"train/{name}": value for name, value in found.items()}
     writer.write_scalars(
       step, {k: math.nan if v is None else v for k, v in values.items()}
     )
@@ -442,38 +453,6 @@ class Trainer:
 
   def _block(self, name: str, kind):
     return config_lib.build(kind, self.config[name], f"config.{name}")
-
-
-class _Speed:
-  """Examples per second of training steps, compilation and breaks left out."""
-
-  def __init__(self):
-    self._secs, self._num_examples, self._mark = 0.0, 0, None
-    self._since_mark = 0
-
-  @property
-  def examples_per_sec(self) -> float:
-    """NaN before the second step."""
-    secs, num_examples = self._secs, self._num_examples
-    if self._mark is not None:
-      secs += time.monotonic() - self._mark
-      num_examples += self._since_mark
-    return num_examples / secs if num_examples else math.nan
-
-  def add(self, num_examples: int, scalars: Any):
-    """Counts one step; the first after a break only starts the clock."""
-    if self._mark is None:
-      jax.block_until_ready(scalars)
-      self._mark = time.monotonic()
-    else:
-      self._since_mark += num_examples
-
-  def stop(self):
-    """Begins a break, when the scalars of the last step have been fetched."""
-    if self._mark is not None:
-      self._secs += time.monotonic() - self._mark
-      self._num_examples += self._since_mark
-    self._mark, self._since_mark = None, 0
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ GROUPS = (
   (
     "recjax.evaluate",
     "recjax.monitor",
+    "recjax.speed",
     "recjax.restore",
     "recjax.run_files",
     "recjax.task_gradients",

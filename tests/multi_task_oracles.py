@@ -212,7 +212,7 @@ class Mdl:
   def _read(self, i, tokens, features, last):
     config, params = self.config, self.params[f"domain_{i}"]
     plain = features
-    if config.pre_norm:
+    if config.pre_norm and not config.ffn_residual:
       features = oracles.layer_norm(features, 1.0)
 
     def read(family, index, x):

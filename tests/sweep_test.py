@@ -105,6 +105,16 @@ class PlanTest(parameterized.TestCase):
     with self.assertRaisesRegex(UserError, "model.gain is set by the sweep"):
       plan(seed_words=("model.gain",))
 
+  @parameterized.parameters(
+    "test/macro_auc",
+    "test/click/macro_gauc",
+    "test/click/scenario_5/auc",
+  )
+  def test_metrics_by_scenario_are_known(self, metric):
+    plan(table_metrics=(metric,))
+    with self.assertRaisesRegex(UserError, "unknown metric"):
+      plan(table_metrics=(metric.replace("auc", "acu"),))
+
   def test_failed_trials_come_last_and_a_loss_is_better_when_small(self):
     scores = [[0.5], [None], [0.7], [math.nan], [0.5]]
     self.assertEqual(sweep.rank(scores, "valid/click/auc"), [2, 0, 4, 1, 3])

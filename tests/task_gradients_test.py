@@ -7,7 +7,7 @@ from recjax import losses, task_gradients, train_state
 from recjax import method as method_lib
 from recjax import optimizer as optimizer_lib
 from recjax.errors import UserError
-from tests import toy
+from tests import run_case, toy
 
 TASKS = ("click", "like", "play_time")
 TINY = {
@@ -89,6 +89,34 @@ class TaskGradientsTest(parameterized.TestCase):
     method, state = make("rankmixer")
     with self.assertRaisesRegex(UserError, "'rankmixer' hands no copy"):
       task_gradients.gram(state, toy.make_batch(), method)
+
+
+class LoggedTest(run_case.RunTestCase):
+  def config(self, name="shared_bottom", **overrides):
+    model = {**TINY, "tasks": ["click", "secs"]}
+    config = run_case.make_config(name, model=model, **overrides)
+    config["train"] |= {"num_train_steps": 6, "log_every_steps": 3}
+    return config
+
+  def test_the_loop_logs_them_and_trains_the_same(self):
+    logged = self.run_once(self.config(train__log_task_gradients=True), "on")
+    plain = self.run_once(self.config(), "off")
+    self.assertEqual(logged["metrics"], plain["metrics"])
+    lines = [line for line in self.lines("on") if "train/loss" in line]
+    self.assertEqual([line["step"] for line in lines], [3, 4, 6])
+    for line in lines:
+      self.assertGreater(line["train/click/gradient_norm"], 0.0)
+      self.assertGreater(line["train/secs/gradient_norm"], 0.0)
+      self.assertBetween(line["train/click/secs/gradient_cosine"], -1.0, 1.0)
+    self.assertFalse(
+      any("gradient" in k for line in self.lines("off") for k in line)
+    )
+
+  def test_a_method_that_hands_out_nothing_ends_before_the_data_is_read(self):
+    config = self.config("rankmixer", train__log_task_gradients=True)
+    with self.assertRaisesRegex(UserError, "'rankmixer' hands no copy"):
+      self.run_once(config)
+    self.assertFalse((self.directory / "run").exists())
 
 
 if __name__ == "__main__":

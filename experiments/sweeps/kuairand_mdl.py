@@ -11,10 +11,8 @@ test users of both classes. All have at least the dense parameters of MDL.
 from experiments.sweeps import common
 from recjax.sweep import Sweep
 
-SPACE = {
-  "optimizer.learning_rate": (5e-4, 1e-3, 2e-3),
-  "optimizer.sparse.learning_rate": (0.01, 0.03),
-}
+SPACE = {"optimizer.learning_rate": (5e-4, 1e-3, 2e-3)}
+TREES_SPACE = {"trees.learning_rate": (0.02, 0.05, 0.1)}
 MLP_RATIOS = {
   "shared_bottom": 10.0,
   "mmoe": 9.0,
@@ -45,6 +43,7 @@ def get_sweep() -> Sweep:
       ),
       *(balanced(k) for k in ("uncertainty", "gradnorm", "multibalance")),
       model("mdl", "mdl"),
+      common.trees("lightgbm", "mmoe:base", space=TREES_SPACE),
     ),
     baseline="mmoe",
     num_trials=3,

@@ -12,16 +12,15 @@ rare task.
 from experiments.sweeps import common
 from recjax.sweep import Sweep
 
-SPACE = {
-  "optimizer.learning_rate": (1e-3, 3e-3, 1e-2),
-  "optimizer.sparse.learning_rate": (0.03, 0.1),
-}
+SPACE = {"optimizer.learning_rate": (1e-3, 3e-3, 1e-2)}
+TREES_SPACE = {"trees.learning_rate": (0.05, 0.1, 0.2)}
+TASKS = {"model.tasks": ("click", "like", "skip", "buy")}
 # So that a run takes a minute on one core.
 SIZE = {
-  "model.tasks": ("click", "like", "skip", "buy"),
   "model.num_tokens": 4,
   "model.token_dim": 32,
   "model.num_layers": 2,
+  "optimizer.sparse.learning_rate": 0.1,
 }
 # For at least the dense parameters of MDL; the report prints them and FLOPs.
 MLP_RATIOS = {
@@ -43,13 +42,17 @@ def get_sweep(is_control: bool = False) -> Sweep:
       "control": is_control,
       "num_users": 512,
       "num_items": 512,
+      # So that the rare scenario has 200 test users of both classes.
+      "num_rows": 300_000,
     }
   }
   # The priors of the recipe are columns of another log.
   own = {"model.important_features": (), "model.scenario_priors": ()}
 
   def model(label, recipe, words):
-    return common.model(label, f"{recipe}:base", data | SIZE | words, SPACE)
+    return common.model(
+      label, f"{recipe}:base", data | TASKS | SIZE | words, SPACE
+    )
 
   return Sweep(
     models=(
@@ -65,9 +68,10 @@ def get_sweep(is_control: bool = False) -> Sweep:
         own | {"model.mode": "final_tower", "model.head_dim": 32},
       ),
       model("mdl_one_shot", "mdl", own | {"model.mode": "one_shot"}),
+      common.trees("lightgbm", "mmoe:base", data | TASKS, TREES_SPACE),
     ),
     baseline="mmoe",
-    num_trials=6,
+    num_trials=3,
     # No seed of the table, which would carry the luck of the chosen trial.
     tuning_seed=100,
     metric="valid/macro_auc",

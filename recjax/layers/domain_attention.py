@@ -26,8 +26,12 @@ from recjax.layers.per_token import (
 class DomainAttention(nn.Module):
   """Tokens read features, each with its own maps; eq. 7-8.
 
+  `ask` comes before `attend` and `receive` after it, so that the tokens of
+  several families read the features at once.
+
   Attributes:
     num_tokens: Sets of weights.
+    dim: Width of a token.
     num_heads: Heads.
     pre_norm: Whether queries are normalised.
     output: After the heads: `per_token`, `shared` or `none`.
@@ -35,59 +39,75 @@ class DomainAttention(nn.Module):
   """
 
   num_tokens: int
+  dim: int
   num_heads: int
   pre_norm: bool = True
   output: str = "per_token"
   dtype: jax.typing.DTypeLike = jnp.float32
 
-  @nn.compact
-  def __call__(
+  def setup(self):
+    shape = (self.num_tokens, self.dim, self.dim)
+    self.query = self.param("query", KERNEL_INIT, shape)
+    self.key = self.param("key", KERNEL_INIT, shape)
+    self.value = self.param("value", KERNEL_INIT, shape)
+    if self.pre_norm:
+      self.query_norm = nn.LayerNorm(dtype=self.dtype)
+    if self.output == "per_token":
+      self.output_kernel = self.param("output", KERNEL_INIT, shape)
+    elif self.output == "shared":
+      self.output_dense = nn.Dense(
+        self.dim, use_bias=False, dtype=self.dtype, name="output"
+      )
+
+  def ask(
     self,
     x: Float[Array, "tokens rows dim"],
-    features: Float[Array, "*tasks batch features dim"],
     blocks: Blocks | None = None,
-  ) -> tuple[
-    Float[Array, "tokens rows dim"],
-    Float[Array, "read_by batch heads features"],
-  ]:
-    """What each token reads, and the attention weights.
+  ) -> Float[Array, "read_by batch heads dim"]:
+    """What a feature's product with is its score.
 
     Args:
       x: Tokens; with `blocks`, the token of each example's scenario in them.
-      features: What is read; with a leading axis, a copy for each token.
       blocks: Where the examples lie.
     """
-    dim = x.shape[-1]
-    shape = (self.num_tokens, dim, dim)
-    names = ("query", "key", "value")
-    kernels = [self.param(n, KERNEL_INIT, shape) for n in names]
     if self.pre_norm:
-      x = nn.LayerNorm(dtype=self.dtype, name="query_norm")(x)
-    x, *kernels = nn.dtypes.promote_dtype(x, *kernels, dtype=self.dtype)
-    group_id = None if blocks is None else blocks.group_id
-    query, key, value = (take_groups(kernel, group_id) for kernel in kernels)
-    heads = (self.num_heads, dim // self.num_heads)
+      x = self.query_norm(x)
+    x, query, key = self._promote(x, self.query, self.key)
+    if blocks is not None:
+      query = take_groups(query, blocks.group_id)
+      key = take_groups(key, blocks.group_id)
+    query = jnp.einsum("trd,tde->tre", x, query)
     # [tokens, dim, heads, head]; scaled as scores are.
-    key = key.reshape(-1, dim, *heads) * heads[1] ** -0.5
-    value = value.reshape(-1, dim, *heads)
-    query = grouped_product(x, query)
-    query = query.reshape(*query.shape[:-1], *heads)
+    key = key.reshape(*key.shape[:-1], *self._heads) * self._heads[1] ** -0.5
+    query = query.reshape(*query.shape[:-1], *self._heads)
     asked = jnp.einsum("trhk,tdhk->trhd", query, key)
+    return asked if blocks is None else blocks.unpack(asked)[None]
+
+  def receive(
+    self,
+    read: Float[Array, "read_by batch heads dim"],
+    blocks: Blocks | None = None,
+  ) -> Float[Array, "tokens rows dim"]:
+    """What a token reads, from the mean features of its heads."""
+    (value,) = self._promote(self.value)
+    group_id = None
     if blocks is not None:
-      asked = blocks.unpack(asked)[None]
-    weights, read = attend(asked, features)
-    if blocks is not None:
-      read = blocks.pack(read[0])
+      read, group_id = blocks.pack(read[0]), blocks.group_id
+    value = take_groups(value, group_id)
+    value = value.reshape(*value.shape[:-1], *self._heads)
     read = jnp.einsum("trhd,tdhk->trhk", read, value)
-    read = read.reshape(*read.shape[:-2], dim)
+    read = read.reshape(*read.shape[:-2], self.dim)
     if self.output == "per_token":
-      kernel = self.param("output", KERNEL_INIT, shape).astype(read.dtype)
-      read = grouped_product(read, kernel, group_id)
-    elif self.output == "shared":
-      read = nn.Dense(dim, use_bias=False, dtype=self.dtype, name="output")(
-        read
-      )
-    return read, weights
+      (kernel,) = self._promote(self.output_kernel)
+      return grouped_product(read, kernel, group_id)
+    return self.output_dense(read) if self.output == "shared" else read
+
+  @property
+  def _heads(self) -> tuple[int, int]:
+    return self.num_heads, self.dim // self.num_heads
+
+  def _promote(self, *arrays):
+    return nn.dtypes.promote_dtype(*arrays, dtype=self.dtype)
 
 
 class MixWithFeatures(nn.Module):
@@ -111,6 +131,17 @@ class MixWithFeatures(nn.Module):
     both = jnp.pad(both, ((0, 0), (0, 0), (0, -dim % num)))
     mixed = token_mixing(both)[len(x) :]
     return PerTokenDense(dim, self.dtype, name="project")(mixed)
+
+
+def attend_together(
+  asked: dict[str, Float[Array, "tokens batch heads dim"]],
+  features: Float[Array, "batch features dim"],
+) -> dict[str, tuple[Array, Array]]:
+  """`attend` of several families at once: of each its weights and mean."""
+  weights, read = attend(jnp.concatenate(list(asked.values())), features)
+  ends = np.cumsum([len(part) for part in asked.values()])[:-1]
+  pairs = zip(jnp.split(weights, ends), jnp.split(read, ends), strict=True)
+  return dict(zip(asked, pairs, strict=True))
 
 
 def attend(

@@ -13,8 +13,8 @@ never read them, and they do not read their like.
 | e_spec, priors of a scenario or a task | `scenario_priors`, `task_priors` |
 | eq. 6, feature self-interaction | `Model._interact` |
 | eq. 7-8, domain-feature attention | `layers/domain_attention.py` |
-| eq. 9-10, domain-fused aggregation | `DomainBlock._fuse` |
-| eq. 11-15, per-token networks | `GroupedFFN` in `DomainBlock` |
+| eq. 9-10, domain-fused aggregation | `average` in `DomainBlock` |
+| eq. 11-15, per-token networks | `layers/domain_block.py` |
 | eq. 16, one head a task | `heads` |
 
 Only the token of an example's own scenario and the global one are computed:
@@ -24,10 +24,11 @@ values that training does not know, is no scenario: such an example has the
 global token alone. An example has one scenario; the paper allows more.
 
 Not stated there, our choice: no biases in the attention; the norms
-(`pre_norm`: of queries and, without a gain, of features; `final_norm`); the
-output projection (`output_projection`); one extra table for both families of
-tokens; a prior that is not a token's own enters it as zeros; the initial
-network has one hidden layer of the token's width. As reported, eq. 6 ends
+(`pre_norm`: of queries and, without a gain, of features that their block leaves
+without a norm; `final_norm`); the output projection (`output_projection`); one
+extra table for both families of tokens; a prior that is not a token's own
+enters it as zeros; the initial network has one hidden layer of the token's
+width. As reported, eq. 6 ends
 without the residual and norm of RankMixer: `ffn_residual=False`. What each of
 the ablations and of the other `mode`s puts in place is said in `Config`.
 """
@@ -36,11 +37,9 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from recjax.baselines import rankmixer
 from recjax.batch import Batch
@@ -51,10 +50,10 @@ from recjax.layers import (
   memory_gate,
   task_balance,
 )
-from recjax.layers.domain_attention import DomainAttention, MixWithFeatures
+from recjax.layers.domain_block import DomainBlock, DomainTokens, average
 from recjax.layers.domain_tokens import DOMAIN_TABLE, InitialTokens, Prior
 from recjax.layers.features import FeatureTokens
-from recjax.layers.grouped import Blocks, GroupedFFN, sort_into_blocks
+from recjax.layers.grouped import Blocks, sort_into_blocks
 from recjax.layers.heads import TaskTowers
 from recjax.layers.memory_gate import MemoryGate, check_memory, memory_tables
 from recjax.layers.per_token import PerTokenDense, token_mixing
@@ -95,7 +94,8 @@ class Config(msn.Config):
     task_attention: `rankmixer`: task tokens mix with the features instead of
       attending to them.
     ffn_residual: False: eq. 6 without RankMixer's second residual and norm.
-    pre_norm: Whether queries and features are normalised for attention.
+    pre_norm: Whether queries are normalised for attention, and features that
+      no norm of their block has left so.
     final_norm: Whether task tokens are normalised before the heads.
     output_projection: After the heads of attention: `per_token`, `shared`,
       `none`.
@@ -172,21 +172,6 @@ class Config(msn.Config):
     return (self.num_layers - 1,) if self.mode == "one_shot" else ()
 
 
-@struct.dataclass
-class DomainTokens:
-  """The tokens of scenarios and tasks; None where the config has none.
-
-  Attributes:
-    specific: The token of each example's scenario, in blocks of `Blocks`.
-    everywhere: The global token.
-    tasks: One token a task.
-  """
-
-  specific: Float[Array, "blocks rows dim"] | None
-  everywhere: Float[Array, "1 batch dim"] | None
-  tasks: Float[Array, "tasks batch dim"] | None
-
-
 class Model(nn.Module):
   """Blocks of features, read by domain tokens -> one logit a task."""
 
@@ -234,7 +219,7 @@ class Model(nn.Module):
       context = jnp.broadcast_to(context, (len(x), *context.shape))
       x += PerTokenDense(config.token_dim, dtype, name="context")(context)
     aux = {"terms": {}, "counters": {}}
-    scenarios = _average(tokens, blocks, batch.scenario)
+    scenarios = average(tokens, blocks, batch.scenario)
     for i in range(config.num_layers):
       x = self._interact(i, x, batch, aux, train)
       if i in config.reading_layers:
@@ -312,107 +297,6 @@ class Model(nn.Module):
     )(inputs, train=train)
 
 
-class DomainBlock(nn.Module):
-  """One layer of the scenario and task tokens; eq. 7-15.
-
-  Attributes:
-    config: The model's.
-    num_scenarios: Scenarios with a token of their own.
-    last: Whether no later layer reads the scenario tokens.
-    dtype: Type of the computation.
-  """
-
-  config: Config
-  num_scenarios: int
-  last: bool
-  dtype: jax.typing.DTypeLike
-
-  @nn.compact
-  def __call__(
-    self,
-    tokens: DomainTokens,
-    x: Float[Array, "features batch dim"],
-    blocks: Blocks | None,
-    scenario: Int[Array, " batch"],
-    *,
-    train: bool,
-  ) -> tuple[DomainTokens, Array | None, dict[str, Array]]:
-    """The next tokens, the fused scenarios, and attention by family."""
-    config, attention = self.config, {}
-    specific, everywhere = tokens.specific, tokens.everywhere
-    tasks, num_tasks = tokens.tasks, len(config.tasks)
-    features = x.swapaxes(0, 1)
-    if config.pre_norm:
-      # The projections of each token stand for gain and bias.
-      features = nn.LayerNorm(
-        use_scale=False, use_bias=False, dtype=self.dtype, name="feature_norm"
-      )(features)
-    if config.scenario_attention:
-      if specific is not None:
-        read, attention["specific"] = self._attention(
-          "specific", self.num_scenarios
-        )(specific, features, blocks)
-        specific += read
-      if everywhere is not None:
-        read, attention["everywhere"] = self._attention("everywhere", 1)(
-          everywhere, features
-        )
-        everywhere += read
-    # Eq. 9 takes the scenarios before their networks.
-    fused = _average(DomainTokens(specific, everywhere, None), blocks, scenario)
-    if tasks is not None:
-      if config.task_attention == "rankmixer":
-        tasks += MixWithFeatures(self.dtype, name="tasks_mixing")(tasks, x)
-      else:
-        read, attention["tasks"] = self._attention("tasks", num_tasks)(
-          tasks, self._copies(features)
-        )
-        tasks += read
-      if fused is not None:
-        tasks += fused[None]
-      tasks += self._network("tasks", num_tasks)(tasks, train=train)
-    if not self.last:
-      if specific is not None:
-        specific += self._network("specific", self.num_scenarios)(
-          specific, blocks.group_id, train=train
-        )
-      if everywhere is not None:
-        everywhere += self._network("everywhere", 1)(everywhere, train=train)
-    return DomainTokens(specific, everywhere, tasks), fused, attention
-
-  def _attention(self, family: str, num: int) -> nn.Module:
-    config = self.config
-    return DomainAttention(
-      num,
-      config.num_heads,
-      config.pre_norm,
-      config.output_projection,
-      self.dtype,
-      name=f"{family}_attention",
-    )
-
-  def _network(self, family: str, num: int) -> nn.Module:
-    config = self.config
-    return GroupedFFN(
-      num,
-      config.token_dim,
-      int(config.mlp_ratio * config.token_dim),
-      config.dropout_rate,
-      self.dtype,
-      name=f"{family}_ffn",
-    )
-
-  def _copies(self, features):
-    """One copy a task where `task_gradients` asks for them."""
-    asked = self.is_mutable_collection("perturbations") or (
-      "perturbations" in self.scope.root.variables()
-    )
-    if not (asked and self.last):
-      return features
-    shape = (len(self.config.tasks), *features.shape)
-    return self.perturb(task_balance.COPIES, jnp.broadcast_to(features, shape))
-
-
 def tables(config: Config, schema: Schema) -> dict[str, Table]:
   """The embeddings, the extra ones, and the values of MSN's memories."""
   found = rankmixer.tables(config, schema)
@@ -473,24 +357,8 @@ def fold(params: Any, config: Config) -> tuple[dict[str, Any], Config]:
   return memory_gate.fold(params, config)
 
 
-def _average(tokens: DomainTokens, blocks: Blocks | None, scenario):
-  """Mean of an example's scenario token and the global one; eq. 9."""
-  total, count = None, 0.0
-  if tokens.specific is not None:
-    known = (scenario > 0)[:, None]
-    total = jnp.where(known, blocks.unpack(tokens.specific), 0.0)
-    count = known.astype(total.dtype)
-  if tokens.everywhere is not None:
-    everywhere = tokens.everywhere[0]
-    total = everywhere if total is None else total + everywhere
-    count = count + 1.0
-  if total is None:
-    return None
-  return total / jnp.maximum(count, 1.0)
-
-
 def _concat(tokens: DomainTokens, blocks: Blocks | None, scenario):
   """All tokens of an example side by side."""
-  fused = _average(tokens, blocks, scenario)
+  fused = average(tokens, blocks, scenario)
   parts = [] if fused is None else [fused]
   return jnp.concatenate([*parts, *tokens.tasks], axis=-1)

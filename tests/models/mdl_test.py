@@ -62,6 +62,7 @@ class MdlTest(parameterized.TestCase):
     ("no_global_token", {"global_token": False}),
     ("no_scenario_attention", {"scenario_attention": False}),
     ("mixing", {"task_attention": "rankmixer", "output_projection": "shared"}),
+    ("no_ffn_residual", {"ffn_residual": False}),
     (
       "as_reported",
       {

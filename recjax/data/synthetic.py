@@ -15,8 +15,9 @@ python -m experiments.run --config=experiments/configs/msn.py:base \\
 Of the claims, `memory_rules` is MSN's: thousands of rules to remember;
 `scenario_tasks` is MDL's: scenarios that shift what matters, tasks that
 conflict or help; `early_adopters` is PROMO's: users who tell the type of a
-new item; `content` is LEMUR's: words whose meaning the labels alone tell. What
-a claim plants stands in its file under `recjax/data/claims/`.
+new item; `content` is LEMUR's: words whose meaning the labels alone tell;
+`where_to_look` is HyFormer's: features that say where in a history to look.
+What a claim plants stands in its file under `recjax/data/claims/`.
 
 The rows are in the order of their time; the last tenth is the test part, the
 tenth before it validation. Beside the rows lies `best_scores.json`, what
@@ -37,6 +38,7 @@ from recjax.data.claims import (
   early_adopters,
   memory_rules,
   scenario_tasks,
+  where_to_look,
 )
 from recjax.data.claims.common import SHARE, Claim
 from recjax.data.columns import Block, ColumnWriter
@@ -53,6 +55,7 @@ CLAIMS = {
   "early_adopters": early_adopters.make,
   "memory_rules": memory_rules.make,
   "scenario_tasks": scenario_tasks.make,
+  "where_to_look": where_to_look.make,
 }
 
 

@@ -265,7 +265,7 @@ class MemoryRulesTest(parameterized.TestCase):
     np.testing.assert_allclose(
       logits["test"]["click"][:3], FROZEN["test"], rtol=1e-6
     )
-    self.assertEqual(synthetic.VERSION, 1)
+    self.assertEqual(synthetic.VERSION, 2)
 
 
 FROZEN = {

@@ -3,8 +3,9 @@
 A claim about a method is first tested where it should hold. Each claim has
 one generator here and a control, which is the same data set, from the same
 draws, without the structure that the claim is about: there a gain must vanish.
-Both were frozen before any method was tuned on them; raise `VERSION` and say
-so if either must change.
+Both were frozen before any method was tuned on them (`content` and
+`where_to_look` after single runs that showed that their own method learns
+them at all); raise `VERSION` and say so if either must change.
 
 ```sh
 python -m experiments.run --config=experiments/configs/msn.py:base \\

@@ -273,8 +273,12 @@ def compare(
 
 def _of_other_runs(kept, model, metric, seeds, t_test) -> str:
   """Why a stored bootstrap is not of these runs; empty if it is."""
-  gap = kept.estimate.difference - (t_test.difference if t_test else math.nan)
-  if tuple(kept.seeds) == seeds and abs(gap) < _TOLERANCE:
+  found = t_test.difference if t_test else math.inf
+  # What a run does not define is no number in both.
+  same = abs(kept.estimate.difference - found) < _TOLERANCE or (
+    math.isnan(kept.estimate.difference) and math.isnan(found)
+  )
+  if tuple(kept.seeds) == seeds and same:
     return ""
   return (
     f"the stored bootstrap of {model} in {metric} is of other runs (seeds"

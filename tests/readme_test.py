@@ -126,6 +126,22 @@ class PublishedTest(parameterized.TestCase):
     path.write_text(original)
     report.published_tables(results)
 
+  def test_what_a_run_does_not_define_is_no_other_run(self):
+    results, _ = self.publish("x", {"a": 0.1, "b": 2.0})
+    path = results / "b-1.json"
+    result = json.loads(path.read_text())
+    result["metrics"]["test/click/auc"] = float("nan")
+    write_json(path, result)
+    with self.assertRaisesRegex(UserError, "of other runs"):
+      report.published_tables(results)
+    path = results / "comparison.json"
+    kept = json.loads(path.read_text())
+    for one in kept["bootstrap"]:
+      if one["metric"] == "test/click/auc":
+        one["difference"] = float("nan")
+    write_json(path, kept)
+    report.published_tables(results)
+
   def test_a_planted_table_says_what_is_gone_in_its_control(self):
     self.publish("planted", {"a": 0.1, "b": 3.0}, control="control")
     self.publish("control", {"a": 0.1, "b": 0.1001})

@@ -428,7 +428,7 @@ class StoreTest(parameterized.TestCase):
 
   def test_trees_see_lengths_and_the_last_age(self):
     names, _ = trees._columns(self.columns)
-    found = trees._matrix(self.columns, "train", "click")["x"]
+    found = trees._read(self.columns, "train", ("click",))["x"]
     self.assertEqual(found.shape, (60, len(names)))
     columns = dict(zip(names, found.T, strict=True))
     self.assertNotIn("watched_tab_length", columns)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import unittest
 from unittest import mock
 
 import jax
@@ -110,6 +111,10 @@ class SparseGatherTest(parameterized.TestCase):
       sparse_gather(table, indices, weights), np.ones((2, 64))
     )
 
+  @unittest.skipUnless(
+    hasattr(interpreter_state, "GPU_MEMORY_SPACE_BY_IDX"),
+    "counts inside the interpreter of jax 0.10; later ones are built otherwise",
+  )
   @parameterized.parameters(64, 128, 384)
   def test_moves_what_the_other_kernel_for_gpus_says(self, dim):
     table, weights = normal((23, dim)), normal((4, 9), 1)

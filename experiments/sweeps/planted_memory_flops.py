@@ -7,8 +7,8 @@
 
 In `planted_memory.py` the sparse experts have MSN's active parameters. Every
 expert is computed for every example there, as on most hardware, which is three
-times MSN's FLOPs; here their networks are narrow, for 124 thousand against 113. The
-control is `planted_memory_flops_control.py`.
+times MSN's FLOPs; here their networks are narrow, for 124 thousand against 113.
+The control is `planted_memory_flops_control.py`.
 """
 
 import dataclasses

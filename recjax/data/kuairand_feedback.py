@@ -144,29 +144,25 @@ def write(data, vocabularies, writer, config) -> Feedback:
   blind = (log.part[asking] == 2) & ~positive[asking]
   blind &= config.protocol == "released"
   for name, (chosen, score) in kinds.items():
+    score = score if config.feedback == "pinnacle" else None
     users, length = feedback_lib.feedback_lists(
       log,
       chosen,
-      score if config.feedback == "pinnacle" else None,
+      score,
       max_len=config.feedback_len,
       rows=asking,
       protocol=config.protocol,
       sees_itself=positive & chosen,
     )
     if name == "pinnacle_users" and config.pseudo_neighbors:
-      content = kuairand_features.tag_indicators(data)
-      nearest = pseudo_feedback.nearest_popular(
-        content,
-        pseudo_feedback.popular_items(log, chosen, len(content)),
-        config.pseudo_neighbors,
-      )
-      users, length = pseudo_feedback.borrow(
+      users, length = pseudo_feedback.fill(
         log,
         chosen,
-        score if config.feedback == "pinnacle" else None,
+        score,
         users,
         length,
-        nearest,
+        kuairand_features.tag_indicators(data),
+        config.pseudo_neighbors,
         rows=asking,
       )
     ids = np.where(blind[:, None], 1, vocabularies.user_rows(users))

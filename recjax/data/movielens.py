@@ -382,15 +382,15 @@ class _Data:
     content = np.array(
       [[name in held for name in names] for held in self.movies.genres], float
     )
-    popular = pseudo_feedback.popular_items(
-      self.log, self.positive, len(content)
-    )
-    nearest = pseudo_feedback.nearest_popular(
-      content, popular, self.config.pseudo_neighbors
-    )
     score = score if self.config.feedback == "pinnacle" else None
-    return pseudo_feedback.borrow(
-      self.log, self.positive, score, users, length, nearest
+    return pseudo_feedback.fill(
+      self.log,
+      self.positive,
+      score,
+      users,
+      length,
+      content,
+      self.config.pseudo_neighbors,
     )
 
   def write_texts(self, writer: ColumnWriter, directory: epath.PathLike):

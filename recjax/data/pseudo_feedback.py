@@ -86,6 +86,23 @@ def popular_items(
   return found & (count >= feedback_lib.BUCKET_EDGES[-1])
 
 
+def fill(
+  log: feedback_lib.Log,
+  is_feedback: Bool[np.ndarray, " rows"],
+  score: Float[np.ndarray, " rows"] | None,
+  users: Int[np.ndarray, "asking max_len"],
+  length: Int[np.ndarray, " asking"],
+  content: Float[np.ndarray, "items dim"],
+  num: int,
+  *,
+  rows: Int[np.ndarray, " asking"] | None = None,
+) -> tuple[Int[np.ndarray, "asking max_len"], Int[np.ndarray, " asking"]]:
+  """`borrow` from each item's `num` nearest popular items by content."""
+  popular = popular_items(log, is_feedback, len(content))
+  nearest = nearest_popular(content, popular, num)
+  return borrow(log, is_feedback, score, users, length, nearest, rows=rows)
+
+
 def borrow(
   log: feedback_lib.Log,
   is_feedback: Bool[np.ndarray, " rows"],
